@@ -1,0 +1,912 @@
+"""LIBERO behind a Gymnasium vector environment: many episodes, a few worker processes, no copying of images.
+
+    main process                                    worker w  (one per core)
+    ------------                                    ------------------------
+    LiberoVecEnv.step(actions)                      a pool of compiled tasks (TaskSim), built once, shared by its slots
+      writes actions and next assignments  -------> for each of its slots: a few control steps, one picture
+      waits for one tiny message           <------- writes picture, reward, flags where the main process can see them
+
+A *slot* is one running episode, row i of every array. All arrays live in one anonymous block of shared memory; the pipes
+carry only words such as "step these slots". Four decisions shape the rest of the file:
+
+1. A worker never has to ask what comes next. Before every step the main process has already written which task and which
+   placement each slot plays when its episode ends (`assignment`), so the worker resets at once, in the same step.
+2. Every random choice comes from `(seed, slot, number of the episode in that slot)`, never from a stream that several slots
+   share. Trajectories are then the same, byte for byte, whatever the number of workers and whatever their timing.
+3. Any worker may die at any moment (a segfault in a driver, `kill -9`, a deadlock in EGL). Its pictures and counters live in
+   the shared block and outlast it; a replacement starts with empty slots, and an empty slot that is told to step reports its
+   episode as truncated and starts the next one. A restart therefore needs no special case: the command is sent once more.
+4. Workers must not outlive the main process. They leave when their pipe closes or their parent changes, ignore Ctrl-C (the
+   main process decides), and the shared block has no name that could be left behind in /dev/shm.
+
+The curriculum over tasks (paper section 3.5, Eq. 4) is at the top, because it is the part of this file that the paper is about.
+
+Measured on 2 cores with software rendering: see `bench.py envs` and README.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import weakref
+from collections import OrderedDict, deque
+from multiprocessing import connection
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from common import UserError
+
+RESOLUTION = 256
+BUILD_TIMEOUT = 180.0  # seconds for one task's model; 2 to 12 are normal, several times that on a loaded machine
+MAX_FAILURES = 3  # replacements of one worker without a finished command in between; then something is really broken
+
+# `assignment[i]` = (task, init state, seed, episode). Two init states have a meaning beyond "protocol state number k":
+RANDOM_PLACEMENT = -1  # objects placed by the episode's generator, as in LIBERO's own reset
+RANDOM_PROTOCOL_STATE = -2  # one of the 50 protocol states, drawn by the episode's generator
+NO_TASK = -1  # as a task: when the episode ends, park the slot
+
+# `status[i]` says how far a slot got within the current step; it is what lets a replacement pick up after a dead worker.
+NEW, SAVED, DONE = 0, 1, 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which task next: the curriculum
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Curriculum:
+    """Sampling of tasks by their running success rate (paper section 3.5).
+
+    mode "eq4":      P(j) ∝ exp((0.5 - s_j) / tau)    Eq. 4 as printed: the harder, the more often (default)
+    mode "frontier": P(j) ∝ exp(-|0.5 - s_j| / tau)   what the text around Eq. 4 says: most often where s_j is near 50 %
+    mode "uniform":  P(j) equal                       the ablation "no curriculum" of Table 2
+
+    s_j is the success rate over the last `window` episodes of task j with one success and one failure added (Laplace), so
+    that an unseen task counts as 0.5, neutral in both formulas, and one lucky episode does not settle anything.
+    tau: temperature of the sampling; large = uniform, small = only the favourite.
+    """
+
+    MODES = ("eq4", "frontier", "uniform")
+
+    def __init__(self, task_ids, mode="eq4", tau=0.5, window=50):
+        self.task_ids = [int(t) for t in task_ids]
+        if not self.task_ids or len(set(self.task_ids)) != len(self.task_ids):
+            raise UserError(f"curriculum: task ids must be a non-empty list without repeats, not {list(task_ids)}")
+        if mode not in self.MODES:
+            raise UserError(f"curriculum: mode {mode!r} is unknown; choose one of {', '.join(self.MODES)}")
+        if not (np.isfinite(tau) and tau > 0) or window < 1:
+            raise UserError(f"curriculum: tau must be positive and window at least 1, not {tau} and {window}")
+        self.mode, self.tau, self.window = mode, float(tau), int(window)
+        self._row = {task: row for row, task in enumerate(self.task_ids)}
+        self._outcomes = [deque(maxlen=self.window) for _ in self.task_ids]
+        self.num_updates = 0
+
+    def success_rates(self):
+        """(num_tasks,) float64 in (0, 1): s_j with the prior."""
+        return np.array([(sum(o) + 1) / (len(o) + 2) for o in self._outcomes])
+
+    def probabilities(self):
+        """(num_tasks,) float64, sums to 1, in the order of `task_ids`."""
+        rates = self.success_rates()
+        if self.mode == "eq4":
+            logits = (0.5 - rates) / self.tau  # Eq. 4
+        elif self.mode == "frontier":
+            logits = -np.abs(0.5 - rates) / self.tau
+        else:
+            logits = np.zeros_like(rates)
+        weights = np.exp(logits - logits.max())
+        return weights / weights.sum()
+
+    def sample(self, rng):
+        """One task id, drawn with `rng` (np.random.Generator)."""
+        return self.task_ids[int(rng.choice(len(self.task_ids), p=self.probabilities()))]
+
+    def update(self, task_id, success):
+        """Count one finished episode."""
+        self._outcomes[self._row[int(task_id)]].append(bool(success))
+        self.num_updates += 1
+
+    def state_dict(self):
+        """Arrays only: "outcomes" (num_tasks, window) int8, oldest first, -1 = none yet; "num_updates" () int64."""
+        outcomes = np.full((len(self.task_ids), self.window), -1, np.int8)
+        for row, seen in enumerate(self._outcomes):
+            outcomes[row, : len(seen)] = seen
+        return {"outcomes": outcomes, "num_updates": np.int64(self.num_updates)}
+
+    def load_state_dict(self, state):
+        outcomes = np.asarray(state["outcomes"])
+        if outcomes.ndim != 2 or len(outcomes) != len(self.task_ids):
+            raise UserError(f"curriculum: the saved state is for {len(outcomes)} tasks, this run has {len(self.task_ids)}")
+        for seen, row in zip(self._outcomes, outcomes, strict=True):
+            seen.clear()
+            seen.extend(bool(x) for x in row[row >= 0])
+        self.num_updates = int(state["num_updates"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The shared block
+# --------------------------------------------------------------------------------------------------------------------
+
+_FRAME = (RESOLUTION, RESOLUTION, 3)
+_FIELDS = {  # one row per slot
+    "agentview": (_FRAME, np.uint8),  # the current observation
+    "final_agentview": (_FRAME, np.uint8),  # where an episode ended: its last; during a step: a copy of the previous one
+    "actions": ((7,), np.float64),
+    "assignment": ((4,), np.int64),  # what the slot plays next: task, init state, seed, episode number
+    "task_id": ((), np.int64),  # what the slot plays now
+    "init_state": ((), np.int64),
+    "steps": ((), np.int64),  # control steps so far
+    "parked": ((), np.bool_),  # no episode: steps do nothing
+    "status": ((), np.uint8),
+    "reward": ((), np.float32),  # from here on: results of the last step
+    "terminated": ((), np.bool_),
+    "truncated": ((), np.bool_),
+    "worker_restarted": ((), np.bool_),
+    "started": ((), np.bool_),  # an episode began in this step (after an end, or in a parked slot)
+    "stepped_task": ((), np.int64),  # the episode that the action belonged to
+    "stepped_init": ((), np.int64),
+    "stepped_length": ((), np.int64),
+    "eef_pos": ((3,), np.float64),
+    "gripper": ((), np.float64),
+    "seconds": ((3,), np.float64),  # physics, render, reset
+}
+
+
+def _map_slots(descriptor, num_envs):
+    """Namespace of arrays over the shared block; `descriptor` None makes a new block. Returns (arrays, descriptor)."""
+    offsets, end = {}, 0
+    for name, (shape, dtype) in _FIELDS.items():
+        offsets[name] = end
+        end += -(-num_envs * int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize // 64) * 64  # own cache lines
+    if descriptor is None:
+        # A memfd has no name, so nothing is left in /dev/shm however the process ends. Elsewhere: an unlinked file.
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("libero-slots")
+        else:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        os.ftruncate(descriptor, end)
+    block = mmap.mmap(descriptor, end)
+    arrays = {
+        name: np.ndarray((num_envs, *shape), dtype, buffer=block, offset=offsets[name])
+        for name, (shape, dtype) in _FIELDS.items()
+    }
+    return types.SimpleNamespace(**arrays), descriptor
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Worker process
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """What runs in a worker process: a pool of compiled tasks and the episodes of some slots."""
+
+    def __init__(self, conn, config):
+        self.conn, self.config = conn, config
+        self.shared, _ = _map_slots(config["shared_fd"], config["num_envs"])
+        self.pool = OrderedDict()  # task id -> TaskSim, least recently used first
+        self.episodes = {}  # slot -> Episode; an empty slot lost its episode with the worker that this one replaces
+
+    def build(self, tasks):
+        for task in tasks:
+            self.task(task)
+
+    def task(self, task_id):
+        """The compiled task, from the pool or built now (seconds: announced, so that it is not taken for a hang)."""
+        if task_id not in self.pool:
+            import sim  # here, so that its import errors reach the main process as one line like any other
+
+            self.conn.send(("building", task_id))
+            in_use = {id(episode.sim) for episode in self.episodes.values()}
+            for old in [t for t, s in self.pool.items() if id(s) not in in_use]:
+                if len(self.pool) < self.config["tasks_per_worker"]:
+                    break
+                self.pool.pop(old).close()
+            built = sim.TaskSim(self.config["suite"], task_id, self.config["render"], RESOLUTION)
+            self.pool[task_id] = built
+            self.conn.send(("built", task_id, built.instruction, int(built.num_init_states)))
+        self.pool.move_to_end(task_id)
+        return self.pool[task_id]
+
+    def load(self, i, task_id):
+        """An Episode object on task `task_id` in slot i; the old one is kept when it already plays that task."""
+        if i in self.episodes and self.episodes[i].sim.task_id != task_id:
+            del self.episodes[i]  # first, so that its task may leave the pool
+        task = self.task(task_id)
+        if i not in self.episodes:
+            self.episodes[i] = task.episode()
+        return self.episodes[i]
+
+    def start(self, i):
+        """Begin the assigned episode in slot i. Returns its first picture; the caller decides when to publish it."""
+        s = self.shared
+        task_id, init, seed, number = (int(x) for x in s.assignment[i])
+        episode = self.load(i, task_id)
+        rng = np.random.default_rng([seed, i, number])
+        if init == RANDOM_PROTOCOL_STATE:
+            init = int(rng.integers(episode.sim.num_init_states))
+        t0 = time.perf_counter()
+        episode.reset(None if init == RANDOM_PLACEMENT else init, rng)
+        t1 = time.perf_counter()
+        frame = episode.render()
+        s.seconds[i] += 0.0, time.perf_counter() - t1, t1 - t0
+        s.task_id[i], s.init_state[i], s.steps[i], s.parked[i] = task_id, init, 0, False
+        return frame
+
+    def publish_privileged(self, i):
+        p = self.episodes[i].privileged()
+        self.shared.eef_pos[i] = p["eef_pos"]
+        self.shared.gripper[i] = p["gripper_qpos"][0] - p["gripper_qpos"][1]  # the fingers open in opposite directions
+
+    def reset(self, slots):
+        for i in slots:
+            self.shared.agentview[i] = self.start(i)
+            self.publish_privileged(i)
+
+    def step(self, slots, action_repeat, max_steps):
+        for i in slots:
+            if self.shared.parked[i]:
+                self.wake(i)
+            elif i in self.episodes:
+                self.step_slot(i, action_repeat, max_steps)
+            else:
+                self.cut_lost_episode(i)
+            self.shared.status[i] = DONE
+
+    def step_slot(self, i, action_repeat, max_steps):
+        s, episode = self.shared, self.episodes[i]
+        # Keep the picture that the policy acted on until the new one is complete: should this process die in between, it
+        # is the last observation of the episode, and the value of a truncated episode needs one.
+        s.final_agentview[i] = s.agentview[i]
+        s.status[i] = SAVED
+        t0 = time.perf_counter()
+        success = False
+        for _ in range(action_repeat):
+            success = bool(episode.step(s.actions[i]))
+            s.steps[i] += 1
+            if success or s.steps[i] >= max_steps:
+                break
+        t1 = time.perf_counter()
+        frame = episode.render()
+        s.seconds[i] += t1 - t0, time.perf_counter() - t1, 0.0
+        self.publish_privileged(i)
+        s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], s.steps[i]
+        truncated = not success and s.steps[i] >= max_steps
+        if success or truncated:
+            self.end(i, frame, success, truncated)
+        else:
+            s.agentview[i] = frame
+
+    def end(self, i, last_frame, success, truncated):
+        """The episode of slot i is over: keep its last picture and, with autoreset, begin the next one in the same step."""
+        s = self.shared
+        first_frame = None
+        if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
+            first_frame = self.start(i)
+        s.final_agentview[i] = last_frame
+        s.reward[i], s.terminated[i], s.truncated[i] = float(success), success, truncated
+        if first_frame is None:
+            s.agentview[i], s.parked[i] = last_frame, True
+        else:
+            s.agentview[i], s.started[i] = first_frame, True
+
+    def wake(self, i):
+        """A parked slot with a new assignment begins it; the action of this step belongs to no episode."""
+        s = self.shared
+        s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], 0
+        if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
+            s.agentview[i] = self.start(i)
+            self.publish_privileged(i)
+            s.started[i] = True
+
+    def cut_lost_episode(self, i):
+        """Step of a slot whose episode died with an earlier worker: finish what that worker had begun to report."""
+        s = self.shared
+        if s.status[i] == DONE and (s.terminated[i] or s.truncated[i]):
+            # It had ended and been reported in full; only the episode after it is gone, and that one is just beginning.
+            if s.started[i]:
+                s.agentview[i] = self.start(i)
+            return
+        if s.status[i] == NEW:
+            last_frame = s.agentview[i].copy()  # it had not touched this slot yet
+        elif s.status[i] == SAVED:
+            last_frame = s.final_agentview[i].copy()
+        else:
+            last_frame = s.agentview[i].copy()  # the step itself is complete, and its reward stands (0)
+        s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], s.steps[i]
+        s.worker_restarted[i] = True
+        self.end(i, last_frame, success=False, truncated=True)
+
+    def get_state(self, slots):
+        return {i: self.episodes[i].get_state() for i in slots if i in self.episodes}
+
+    def set_state(self, slots, states):
+        """states: slot -> array for `Episode.set_state`. The arrays of the shared block are restored by the main process."""
+        for i in slots:
+            if i in states:
+                self.load(i, int(self.shared.task_id[i])).set_state(states[i])
+            else:
+                self.episodes.pop(i, None)
+
+    def serve(self):
+        while True:
+            try:
+                command, *arguments = self.conn.recv()
+            except EOFError:
+                return
+            began = time.perf_counter()
+            result = getattr(self, command)(*arguments)
+            self.conn.send(("done", result, time.perf_counter() - began))
+
+
+def _worker_main(descriptor):
+    """Entry point of a worker process; `descriptor` is its end of a socket pair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    conn = connection.Connection(descriptor)
+    config = conn.recv()
+
+    def leave_with_parent():
+        # The pipe's end says the same, but only while the worker is reading it, and not while it is building a model.
+        while os.getppid() == config["parent"]:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    try:
+        _Worker(conn, config).serve()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the main process is gone
+    except UserError as exc:
+        conn.send(("user_error", str(exc)))
+    except Exception as exc:
+        import traceback
+
+        where = traceback.extract_tb(exc.__traceback__)[-1]
+        traceback.print_exc()
+        conn.send(("error", f"{type(exc).__name__}: {exc} ({Path(where.filename).name}:{where.lineno})"))
+    # No clean-up: freeing GL contexts at exit is where drivers hang, and the operating system does it anyway.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Main process
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Handle:
+    """The main process' side of one worker."""
+
+    def __init__(self, index, slots):
+        self.index, self.slots = index, slots
+        self.process = self.conn = self.log = None
+        self.outstanding = deque()  # commands without an answer yet, oldest first: what a replacement must do again
+        self.deadline = 0.0
+        self.failures = 0
+        self.busy_seconds = 0.0
+
+    def send(self, command, timeout):
+        if not self.outstanding:
+            self.deadline = time.monotonic() + timeout
+        self.outstanding.append(command)
+        with contextlib.suppress(OSError):  # a dead worker: found, and the command repeated, when the answer is awaited
+            self.conn.send(command)
+
+    def kill(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            self.conn.close()
+
+    def last_words(self):
+        self.log.seek(0)
+        lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip() if lines else ""
+
+
+def _kill_all(handles):
+    for handle in handles:
+        handle.kill()
+
+
+class LiberoVecEnv(VectorEnv):
+    """LIBERO tasks as one Gymnasium vector environment.
+
+    suite: "libero_spatial", "libero_object", "libero_goal", "libero_10" or "libero_90".
+    num_envs: number of slots N (episodes that run at the same time).
+    task_ids: tasks to play (default: the whole suite).
+    action_repeat: control steps (20 Hz) per decision. An episode may end within a decision.
+    max_steps: control steps per episode (default: LIBERO's limit for the suite).
+    render: "light" (simplified visual meshes) or "exact".
+    num_workers: processes (default: one per core, at most N).
+    seed: of every random choice in here.
+    init_states: "random" (objects placed anew, for training) or "protocol" (one of the 50 evaluation states at random).
+    curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Episodes that were asked for by `assign` or by
+        the options of `reset` do not count in its statistics.
+    autoreset: True = SAME_STEP; False = a slot whose episode ended is parked until `reset`.
+    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10). Beyond that the least recently used
+        one that no slot plays is dropped, and a later visit costs a rebuild (seconds).
+    timeout: seconds that a worker may take for one command before it counts as hung and is replaced.
+    egl_devices: EGL device numbers, given to the workers in turn (default: leave the choice to EGL).
+
+    Observation: {"agentview": (N, 256, 256, 3) uint8, upright as OpenVLA expects it, "task_id": (N,) int64,
+    "instruction": list of N strings}. `agentview` (and `final_obs`) is a *view* of the shared block: the next step
+    overwrites it, so copy what is to be kept.
+
+    Action: (N, 7) float, end-effector deltas in [-1, 1] and gripper from 0 = close to 1 = open.
+
+    Raises UserError for settings that cannot work (including what only a worker can find out, such as missing EGL).
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(
+        self,
+        suite,
+        num_envs,
+        task_ids=None,
+        *,
+        action_repeat=1,
+        max_steps=None,
+        render="light",
+        num_workers=None,
+        seed=0,
+        init_states="random",
+        curriculum=None,
+        autoreset=True,
+        tasks_per_worker=None,
+        progress=True,
+        timeout=60.0,
+        egl_devices=None,
+    ):
+        import sim  # here, because workers import this file too and report a failing import of sim as one line
+
+        if suite not in sim.SUITES:
+            raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(sim.SUITES)}")
+        if num_envs < 1:
+            raise UserError(f"the number of environments must be at least 1, not {num_envs}")
+        num_tasks = sim.num_tasks(suite)
+        task_ids = [int(t) for t in (range(num_tasks) if task_ids is None else task_ids)]
+        bad = [t for t in task_ids if not 0 <= t < num_tasks]
+        if bad or not task_ids or len(set(task_ids)) != len(task_ids):
+            what = f"{bad[0]} is none" if bad else f"{task_ids} is empty or has repeats"
+            raise UserError(f"{suite} has task ids 0 to {num_tasks - 1}; {what}")
+        max_steps = sim.MAX_STEPS[suite] if max_steps is None else max_steps
+        num_workers = min(num_envs, _cores() if num_workers is None else num_workers)
+        for name, value in [("action repeat", action_repeat), ("step limit", max_steps), ("worker count", num_workers)]:
+            if value < 1:
+                raise UserError(f"the {name} of the environments must be at least 1, not {value}")
+        if render not in ("light", "exact"):
+            raise UserError(f"render mode {render!r} is unknown; choose light or exact")
+        if init_states not in ("random", "protocol"):
+            raise UserError(f"init states {init_states!r} are unknown; choose random or protocol")
+        if seed < 0:
+            raise UserError(f"the seed must not be negative, but is {seed}")
+        if curriculum is not None and not set(curriculum.task_ids) <= set(task_ids):
+            raise UserError(f"the curriculum has tasks {curriculum.task_ids}, the environments only {task_ids}")
+
+        self.suite, self.num_envs, self.task_ids, self.render_quality = suite, num_envs, task_ids, render
+        self.action_repeat, self.max_steps = action_repeat, max_steps  # may be changed between steps
+        self.num_workers, self.seed, self.timeout = num_workers, seed, timeout
+        self.curriculum = Curriculum(task_ids, "uniform") if curriculum is None else curriculum
+        self.autoreset = autoreset
+        mode = AutoresetMode.SAME_STEP if autoreset else AutoresetMode.DISABLED
+        self.metadata = {**self.metadata, "autoreset_mode": mode}
+        self._init_code = RANDOM_PLACEMENT if init_states == "random" else RANDOM_PROTOCOL_STATE
+        self._egl_devices = egl_devices
+        self._make_spaces(num_tasks)
+
+        self._s, self._shared_fd = _map_slots(None, num_envs)
+        self._s.parked[:] = True
+        self._s.assignment[:, 0] = NO_TASK
+        self._episode = np.full(num_envs, -1)  # number of the running episode of each slot, counted since seeding
+        self._asked_now = np.zeros(num_envs, bool)  # the running episode was asked for, not chosen by the curriculum
+        self._asked_next = np.zeros(num_envs, bool)
+        self._drawn_at = np.full(num_envs, -1)  # curriculum.num_updates when the next task was drawn
+        self._stepping = np.zeros(num_envs, bool)
+        self._sent_at = 0.0
+        self._instructions, self._num_init_states = {}, {}
+        self._config = {
+            "parent": os.getpid(),
+            "suite": suite,
+            "num_envs": num_envs,
+            "render": render,
+            "autoreset": autoreset,
+            "tasks_per_worker": min(len(task_ids), 10) if tasks_per_worker is None else tasks_per_worker,
+            "shared_fd": self._shared_fd,
+        }
+        slots = np.array_split(np.arange(num_envs), num_workers)
+        self._workers = [_Handle(w, [int(i) for i in s]) for w, s in enumerate(slots)]
+        self._finalizer = weakref.finalize(self, _kill_all, self._workers)  # runs at exit too, hung workers or not
+        self._build(progress)
+
+    def _make_spaces(self, num_tasks):
+        printable = "".join(chr(c) for c in range(32, 127))
+        self.single_observation_space = gym.spaces.Dict(
+            {
+                "agentview": gym.spaces.Box(0, 255, _FRAME, np.uint8),
+                "task_id": gym.spaces.Discrete(num_tasks),
+                "instruction": gym.spaces.Text(max_length=300, charset=printable),
+            }
+        )
+        low, high = np.array([-1.0] * 6 + [0.0], np.float32), np.ones(7, np.float32)
+        self.single_action_space = gym.spaces.Box(low, high)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    # ---- workers -----------------------------------------------------------------------------------------------
+
+    def _spawn(self, handle):
+        # A plain `python -c` instead of multiprocessing: it does not import the caller's main script (and torch with it)
+        # into every worker, needs no `if __name__ == "__main__"` there, and takes its environment as an argument.
+        ours, theirs = socket.socketpair()
+        environment = {"MUJOCO_GL": "egl", **os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        if self._egl_devices:
+            environment["MUJOCO_EGL_DEVICE_ID"] = str(self._egl_devices[handle.index % len(self._egl_devices)])
+        here = str(Path(__file__).resolve().parent)
+        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs._worker_main({theirs.fileno()})"
+        handle.log = tempfile.TemporaryFile()
+        handle.process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-c", code],
+            pass_fds=(theirs.fileno(), self._shared_fd),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=handle.log,
+            stderr=handle.log,  # shown only should the worker die: its last line
+            process_group=0,  # Ctrl-C in the terminal goes to the main process alone
+        )
+        theirs.close()
+        handle.conn = connection.Connection(ours.detach())
+        handle.conn.send(self._config)
+
+    def _build(self, progress):
+        """Start all workers; each compiles the tasks that fit into its pool."""
+        from tqdm import tqdm
+
+        tasks = self.task_ids[: self._config["tasks_per_worker"]]
+        bar = tqdm(
+            total=len(tasks) * self.num_workers,
+            desc=f"building {self.suite}",
+            unit="task",
+            disable=not progress,
+            leave=False,
+        )
+        try:
+            for handle in self._workers:
+                self._spawn(handle)
+                handle.send(("build", tasks), BUILD_TIMEOUT)
+            self._await(range(self.num_envs), on_built=bar.update)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            bar.close()
+
+    def _await(self, slots, on_built=None):
+        """Receive until no worker owes an answer that concerns `slots`. Returns the answers, oldest first."""
+        wanted, answers = set(slots), []
+        while owing := [h for h in self._workers if h.outstanding and wanted.intersection(h.slots)]:
+            patience = min(h.deadline for h in owing) - time.monotonic()
+            ready = connection.wait([h.conn for h in owing], max(0.0, patience))
+            for handle in owing:
+                if handle.conn in ready:
+                    self._receive(handle, answers, on_built)
+                elif time.monotonic() > handle.deadline:
+                    self._replace(handle, f"gave no answer for {self._limit(handle):.0f} s")
+        return answers
+
+    def _limit(self, handle):
+        return BUILD_TIMEOUT if handle.outstanding[0][0] == "build" else self.timeout
+
+    def _receive(self, handle, answers, on_built):
+        try:
+            kind, *content = handle.conn.recv()
+        except (EOFError, OSError):
+            code = handle.process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            words = handle.last_words()
+            self._replace(handle, how + (f" ({words})" if words and code != -signal.SIGKILL else ""))
+            return
+        handle.deadline = time.monotonic() + self.timeout
+        if kind == "building":
+            handle.deadline = time.monotonic() + BUILD_TIMEOUT
+        elif kind == "built":
+            task, self._instructions[task], self._num_init_states[task] = content[0], content[1], content[2]
+            if on_built:
+                on_built(1)
+        elif kind == "done":
+            handle.outstanding.popleft()
+            handle.failures, handle.busy_seconds = 0, content[1]
+            answers.append(content[0])
+        elif kind == "user_error":
+            self.close()
+            raise UserError(content[0])
+        else:
+            self._replace(handle, f"failed: {content[0]}")
+
+    def _replace(self, handle, why):
+        """Kill and respawn a worker and repeat what it owed. Its slots are empty then; see `cut_lost_episode`."""
+        from tqdm import tqdm
+
+        handle.failures += 1
+        first, last = handle.slots[0], handle.slots[-1]
+        name = f"environment worker {handle.index} (environments {first} to {last})"
+        why = " ".join(why.split())
+        if handle.failures > MAX_FAILURES:
+            self.close()
+            raise UserError(f"{name} {why}; giving up after {MAX_FAILURES} restarts in a row")
+        # Through tqdm, so that the line does not land in the middle of somebody's progress bar.
+        tqdm.write(f"{name} {why}; restarting it, its episodes are cut", file=sys.stderr)
+        handle.kill()
+        self._spawn(handle)
+        commands, handle.outstanding = handle.outstanding, deque()
+        for command in commands:
+            handle.send(command, BUILD_TIMEOUT)  # the first answer also waits for the start of Python and a compiled task
+
+    def _command(self, slots, name, *arguments):
+        """Send a command to the workers that own `slots`, each with its own share of them."""
+        wanted = set(slots)
+        for handle in self._workers:
+            if share := [i for i in handle.slots if i in wanted]:
+                handle.send((name, share, *arguments), self.timeout)
+
+    # ---- what each slot plays next -------------------------------------------------------------------------------
+
+    def _draw_next(self, i):
+        """Let the curriculum choose what slot i plays after the running episode."""
+        number = int(self._episode[i]) + 1
+        rng = np.random.default_rng([self.seed, i, number, 1])  # 1: not the generator that places the objects
+        self._s.assignment[i] = self.curriculum.sample(rng), self._init_code, self.seed, number
+        self._asked_next[i] = False
+        self._drawn_at[i] = self.curriculum.num_updates
+
+    def assign(self, i, task_id, init_state=None):
+        """Choose the next episode of slot i, once; after that the curriculum chooses again.
+
+        init_state: number of a protocol state, or None for a random placement. task_id None: the slot is parked when its
+        episode ends, and stays so until `assign` or `reset`. A parked slot begins its assignment with the next step.
+        """
+        self._check_idle("assign", [i])
+        self._asked_next[i] = True
+        if task_id is None:
+            self._s.assignment[i, 0] = NO_TASK
+            return
+        self._check_episode(task_id, init_state)
+        init = RANDOM_PLACEMENT if init_state is None else int(init_state)
+        self._s.assignment[i] = int(task_id), init, self.seed, int(self._episode[i]) + 1
+
+    def _check_episode(self, task_id, init_state):
+        if task_id not in self.task_ids:
+            raise UserError(f"task {task_id} is not among the tasks of these environments: {self.task_ids}")
+        count = self._num_init_states.get(int(task_id), 50)
+        if init_state is not None and not 0 <= init_state < count:
+            raise UserError(f"task {task_id} of {self.suite} has initial states 0 to {count - 1}; {init_state} is none")
+
+    def _check_idle(self, what, slots):
+        if self.closed:
+            raise RuntimeError(f"{what}: these environments are closed")
+        if self._stepping[slots].any():
+            raise RuntimeError(f"{what}: a step is under way; call step_wait first")
+
+    @property
+    def active(self):
+        """(N,) bool: slots with a running episode (the others are parked)."""
+        return ~self._s.parked
+
+    # ---- Gymnasium -------------------------------------------------------------------------------------------------
+
+    def reset(self, *, seed=None, options=None):
+        """Begin a new episode in every slot. Returns (obs, info).
+
+        seed: restarts all random choices; None goes on with them (episodes differ from those before).
+        options: "task_ids" (N entries, None = leave the slot parked) and "init_states" (N entries, None = random
+        placement) choose the episodes; "reset_mask" (N,) bool resets only some slots and leaves the others alone.
+        """
+        options = {} if options is None else options
+        unknown = set(options) - {"task_ids", "init_states", "reset_mask"}
+        if unknown:
+            raise ValueError(f"reset: unknown option {sorted(unknown)[0]!r}")
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)), bool)
+        task_ids = options.get("task_ids")
+        init_states = options.get("init_states") or [None] * self.num_envs
+        if mask.shape != (self.num_envs,) or len(task_ids or init_states) != self.num_envs != len(init_states):
+            raise ValueError(f"reset: options must have one entry per environment ({self.num_envs})")
+        slots = [int(i) for i in np.flatnonzero(mask)]
+        self._check_idle("reset", slots)
+        if seed is not None:
+            if seed < 0:
+                raise UserError(f"the seed must not be negative, but is {seed}")
+            self.seed = int(seed)
+            self._episode[slots] = -1
+        for i in slots:
+            if task_ids is not None:
+                self.assign(i, task_ids[i], init_states[i])
+            elif not self._asked_next[i] or self._s.assignment[i, 0] == NO_TASK:
+                self._draw_next(i)
+        starting = [i for i in slots if self._s.assignment[i, 0] != NO_TASK]
+        self._s.parked[slots] = True
+        self._s.steps[slots] = 0
+        if starting:
+            self._command(starting, "reset")
+            self._await(starting)
+        for i in starting:
+            self._began(i)
+        s = self._s
+        info = {"eef_pos": s.eef_pos.copy(), "gripper": s.gripper.copy(), "init_state": s.init_state.copy()}
+        return self._observation(slice(None)), info
+
+    def _began(self, i):
+        """Bookkeeping of the main process when slot i took up its assignment."""
+        self._episode[i] += 1
+        self._asked_now[i] = self._asked_next[i]
+        self._draw_next(i)
+
+    def _observation(self, rows):
+        s = self._s
+        return {
+            "agentview": s.agentview[rows],
+            "task_id": s.task_id[rows].copy(),
+            "instruction": [self._instructions.get(int(t), "") for t in s.task_id[rows]],
+        }
+
+    def step(self, actions):
+        """One decision in every slot: the action for `action_repeat` control steps, one picture at the end.
+
+        actions: (N, 7). Returns obs, reward (N,) float32 (1.0 on success), terminated (N,) bool, truncated (N,) bool, info.
+        Where an episode ended, obs is already the next one's first, and info has:
+          "final_obs" {"agentview": (N, 256, 256, 3)}, valid where "_final_obs" (N,) bool
+          "success" (N,) bool; "episode_length" (N,) int control steps; "task_id_ended" (N,) int;
+          "worker_restarted" (N,) bool: cut because its worker died (truncated, not counted by the curriculum).
+        In every row, of the state that this action led to, before any reset: "eef_pos" (N, 3) metres, "gripper" (N,) metres
+        between the fingers, "init_state" (N,) int (-1 = random placement). "started" (N,): obs is a first observation.
+        "timing": seconds in physics, render, reset (summed over the slots), busiest (longest worker), wall (whole step) and
+        wait (main process blocked).
+        Raises ValueError for actions of another shape or with NaN or infinity; nothing has moved then.
+        """
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions, slots=slice(None)):
+        """Begin a step of a contiguous group of slots (a slice); the other groups may be waited for meanwhile.
+
+        With two groups of half the slots each, the policy computes actions for one while physics runs for the other.
+        actions: (len of the group, 7).
+        """
+        rows = range(self.num_envs)[slots]
+        self._check_idle("step_async", rows)
+        actions = np.asarray(actions, np.float64)
+        if actions.shape != (len(rows), 7):
+            raise ValueError(f"actions must have shape ({len(rows)}, 7), not {actions.shape}")
+        if not np.isfinite(actions).all():
+            row = int(np.flatnonzero(~np.isfinite(actions).all(axis=1))[0])
+            raise ValueError(f"action of environment {rows[row]} is not finite: {actions[row].tolist()}")
+        s = self._s
+        for i in rows:
+            # The curriculum may have learnt something since the next task was drawn; the same generator draws again.
+            if not self._asked_next[i] and not s.parked[i] and self._drawn_at[i] != self.curriculum.num_updates:
+                self._draw_next(i)
+        s.actions[slots] = actions
+        s.status[slots], s.reward[slots], s.seconds[slots] = NEW, 0.0, 0.0
+        for flags in (s.terminated, s.truncated, s.worker_restarted, s.started):
+            flags[slots] = False
+        self._stepping[slots] = True
+        self._sent_at = time.perf_counter()
+        self._command(rows, "step", self.action_repeat, self.max_steps)
+
+    def step_wait(self, slots=slice(None)):
+        """Results of `step_async` for the same slice: what `step` returns, with one row per slot of the group."""
+        rows = range(self.num_envs)[slots]
+        if not self._stepping[slots].all():
+            raise RuntimeError("step_wait: call step_async for these environments first")
+        t0 = time.perf_counter()
+        self._await(rows)
+        now = time.perf_counter()
+        self._stepping[slots] = False
+        s = self._s
+        ended = (s.terminated | s.truncated)[slots]
+        for i in rows:  # in the order of the slots, whoever answered first
+            if (s.terminated[i] or s.truncated[i]) and not (self._asked_now[i] or s.worker_restarted[i]):
+                self.curriculum.update(s.stepped_task[i], s.terminated[i])
+            if s.started[i]:
+                self._began(i)
+            elif s.parked[i] and not self._asked_next[i]:
+                s.assignment[i, 0], self._asked_next[i] = NO_TASK, True
+        physics, render, reset = (float(x) for x in s.seconds[slots].sum(axis=0))
+        busiest = max(h.busy_seconds for h in self._workers if set(h.slots).intersection(rows))
+        info = {
+            "final_obs": {"agentview": s.final_agentview[slots]},
+            "_final_obs": ended,
+            "success": s.terminated[slots].copy(),
+            "episode_length": s.stepped_length[slots].copy(),
+            "init_state": s.stepped_init[slots].copy(),
+            "task_id_ended": s.stepped_task[slots].copy(),
+            "worker_restarted": s.worker_restarted[slots].copy(),
+            "started": s.started[slots].copy(),
+            "eef_pos": s.eef_pos[slots].copy(),
+            "gripper": s.gripper[slots].copy(),
+            "timing": {
+                "physics": physics,
+                "render": render,
+                "reset": reset,
+                "busiest": busiest,
+                "wall": now - self._sent_at,
+                "wait": now - t0,
+            },
+        }
+        reward, terminated, truncated = s.reward[slots].copy(), s.terminated[slots].copy(), s.truncated[slots].copy()
+        return self._observation(slots), reward, terminated, truncated, info
+
+    def close_extras(self, **kwargs):
+        """Stop the workers. They hold nothing that needs saving, so they are killed: quick, and hung ones go as well."""
+        self._finalizer()
+
+    # ---- exact resume --------------------------------------------------------------------------------------------
+
+    _SAVED = ("agentview", "assignment", "task_id", "init_state", "steps", "parked", "eef_pos", "gripper")
+
+    def _fingerprint(self):
+        settings = {
+            "suite": self.suite,
+            "task_ids": self.task_ids,
+            "num_envs": self.num_envs,
+            "render": self.render_quality,
+            "action_repeat": self.action_repeat,
+        }
+        return np.frombuffer(json.dumps(settings).encode(), np.uint8).copy()
+
+    def get_state(self):
+        """Everything that the future depends on, mid-episode included: a flat dict of numpy arrays (no object arrays).
+
+        Holds per slot the full simulator state, the current picture, the counters and the coming assignment; and the
+        curriculum's statistics. `set_state` on environments of the same settings continues byte for byte.
+        """
+        self._check_idle("get_state", slice(None))
+        self._command(range(self.num_envs), "get_state")
+        states = {i: array for share in self._await(range(self.num_envs)) for i, array in share.items()}
+        state = {name: getattr(self._s, name).copy() for name in self._SAVED}
+        state |= {f"sim_{i}": np.asarray(array) for i, array in states.items()}
+        state |= {f"curriculum_{name}": np.asarray(x) for name, x in self.curriculum.state_dict().items()}
+        state |= {"episode": self._episode.copy(), "seed": np.int64(self.seed), "settings": self._fingerprint()}
+        return state | {"asked_now": self._asked_now.copy(), "asked_next": self._asked_next.copy()}
+
+    def set_state(self, state):
+        """Continue from `get_state()`. Returns the observation. Raises UserError for a state of other settings."""
+        self._check_idle("set_state", slice(None))
+        if bytes(np.asarray(state["settings"])) != bytes(self._fingerprint()):
+            theirs = bytes(np.asarray(state["settings"])).decode(errors="replace")
+            ours = bytes(self._fingerprint()).decode()
+            raise UserError(f"the saved environments had the settings {theirs}, these have {ours}; they must be equal")
+        for name in self._SAVED:
+            getattr(self._s, name)[:] = np.asarray(state[name])
+        self._episode[:], self.seed = np.asarray(state["episode"]), int(state["seed"])
+        self._asked_now[:], self._asked_next[:] = np.asarray(state["asked_now"]), np.asarray(state["asked_next"])
+        prefix = "curriculum_"
+        learnt = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        self.curriculum.load_state_dict(learnt)
+        # The coming assignments were drawn from just these statistics, or will be drawn again before the next step.
+        self._drawn_at[:] = -1
+        for handle in self._workers:
+            arrays = {i: np.asarray(state[f"sim_{i}"]) for i in handle.slots if f"sim_{i}" in state}
+            handle.send(("set_state", handle.slots, arrays), self.timeout)
+        self._await(range(self.num_envs))
+        return self._observation(slice(None))
+
+
+def _cores():
+    """Cores that this process may use: fewer than the machine has in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

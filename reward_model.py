@@ -1,0 +1,1018 @@
+r"""RPRM, the robotic process reward model (paper, section 3.4): a dense reward learned without human labels.
+
+The idea. LIBERO pays 1 at the end of an episode and 0 before, which is little to learn from. A vision-language model that has
+seen successful trajectories can say earlier whether a step makes progress. The labels it learns from cost nothing, because
+manipulation has a rhythm that the robot itself measures:
+
+    gripper   open ________________                  ____________
+                                   \________________/                milestones: the gripper's opening changes
+    speed     /\    /\              /\       /\
+             /  \__/  \____________/  \_____/  \____                  keyframes: the hand comes to rest inside a segment
+    label     - + +  - + +         -  + +   - + +                    positive: the steps that lead to a keyframe
+
+The model is OpenVLA itself, started from the imitation policy and fine-tuned by next-token prediction (Eq. 3):
+
+    maximise log p("1" or "0" | image, instruction, 7 action tokens)
+
+During RL it is frozen; its score p("1") / (p("1") + p("0")) enters the reward through `shaping_reward`.
+
+    python reward_model.py label    --demos demos/libero_object --plot out/labels     look at the labels first
+    python reward_model.py train    --demos ... --policy <sft checkpoint> --out <dir>  the model, with held-out metrics
+    python reward_model.py score    --demos ... --rprm <dir> --plot out/scores        scores of recorded trajectories
+    python reward_model.py evaluate --suite ... --rprm <dir> --policy <dir>           is it safe to optimise? (simulator)
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import UserError, atomic_write, main_guard, parse_command, safe_name
+from policy import ACTION_DIM, OpenVLA
+
+CONTROL_HZ = 20.0  # LIBERO's control steps per second
+STROKE = 0.08  # metres between the fingers of the open Panda gripper
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pseudo labels: numpy only, no model
+# --------------------------------------------------------------------------------------------------------------------
+
+POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """Parameters of the label rule. Times are in seconds, so that files at 20 Hz (official) and at 5 Hz (one row = 4 control
+    steps) get the same labels; each is converted to at least one row where a zero would make the rule void."""
+
+    gripper_change: float = 0.01  # metres; a swing of the opening smaller than this is noise or a slipping object
+    gripper_still: float = 0.03  # m/s; fingers slower than this have arrived, and the new segment starts there
+    near_zero: float = 0.2  # "near zero" speed, as a fraction of the trajectory's 90th-percentile speed
+    window: float = 0.6  # seconds before a keyframe (its own row included) whose actions are positive
+    margin: float = 0.2  # seconds after a keyframe that carry no label: image and action look like the keyframe's own
+    smooth: float = 0.15  # seconds of moving average over the speed
+
+
+@dataclass
+class Labels:
+    """Result of the label rule for one trajectory of T rows. Arrays are empty when the trajectory cannot be used."""
+
+    labels: np.ndarray  # (T,) int8: POSITIVE, NEGATIVE or IGNORED
+    keyframes: list  # row indices
+    milestones: list  # rows at which a new segment starts (0 not included)
+    speed: np.ndarray  # (T,) m/s, smoothed; speed[t] is what the action of row t produced
+    openness: np.ndarray  # (T,) metres between the fingers
+    near: float  # the speed below which the hand counts as at rest, m/s
+    rate: float  # rows per second
+    problems: list  # names from PROBLEMS; empty for an ordinary trajectory
+    usable: bool  # may be trained on
+
+
+PROBLEMS = {
+    "too_short": "fewer than two rows: no speed (not used)",
+    "not_finite": "NaN or infinity in position or actions (not used)",
+    "no_keyframe": "the hand never comes to rest: nothing positive (not used)",
+    "no_gripper_change": "one segment (used)",
+    "gripper_from_command": "no finite gripper measurement, the command stands in (used)",
+}
+
+
+def gripper_openness(actions, gripper_states=None):
+    """(openness (T,) in metres, measured: bool) from `obs/gripper_states` (T, 2), else from the command in actions[:, 6].
+
+    Files of LIBERO write the command as -1 open, +1 close; it is scaled to the gripper's stroke so that one threshold in
+    metres serves both. The measurement is better: it sees the fingers stop on an object, and does not chatter.
+    """
+    if gripper_states is not None:
+        states = np.asarray(gripper_states, np.float64)
+        if states.shape == (len(actions), 2) and np.isfinite(states).all():
+            return states[:, 0] - states[:, 1], True
+    return (1.0 - np.asarray(actions, np.float64)[:, 6]) / 2.0 * STROKE, False
+
+
+def find_milestones(openness, change, still):
+    """Rows at which the gripper has finished to close or to open: openness (T,), `change` and `still` (per row) in metres.
+
+    Hysteresis on the turning point. While closing we follow the smallest opening seen, while opening the largest; the
+    direction turns once the opening has moved by `change` away from that extreme. Noise smaller than `change` can never
+    turn it, wherever in the stroke it happens, whereas a bare threshold fires on every crossing (and a fixed pair of
+    thresholds would take a wide object, at which the fingers stop half open, for an open gripper).
+    An opening before the first closing is the hand getting ready after reset, not a milestone: we start as "opening".
+    The milestone is the row at which the fingers have then stopped (they move less than `still` in the next row), so that the
+    closing belongs to the segment that it completes, and its actions lead to that segment's end.
+    """
+    milestones, opening, extreme, turned = [], True, openness[0], False
+    motion = np.append(np.abs(np.diff(openness)), 0.0)
+    for t, value in enumerate(openness):
+        extreme = max(extreme, value) if opening else min(extreme, value)
+        if abs(value - extreme) >= change:
+            opening, extreme, turned = not opening, value, True
+        if turned and motion[t] < still:
+            milestones.append(t)
+            turned = False
+    return milestones
+
+
+def find_keyframes(speed, milestones, near):
+    """Rows at which the hand comes to rest, looked for inside each segment: the first local minimum of each dip below `near`.
+
+    Rest, too, has hysteresis: after a keyframe the hand has to exceed 2 x `near` before it can come to rest again, so a long
+    stop is one keyframe (its arrival) and not one per wiggle. A stop that contains a milestone counts on both sides: the
+    first is the arrival at the object, the second the finished grasp. The stop that every episode starts with is none: no
+    action led to it.
+    """
+    keyframes = []
+    bounds = [0, *milestones, len(speed)]
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        resting = start == 0
+        for t in range(start, end):
+            if resting:
+                resting = speed[t] <= 2 * near
+            elif speed[t] < near and (t + 1 == end or speed[t] <= speed[t + 1]):
+                keyframes.append(t)
+                resting = True
+    return keyframes
+
+
+def label_trajectory(actions, ee_pos, gripper_states=None, action_repeat=1, rule=LabelRule(), success=True):
+    """Pseudo labels of section 3.4 for one trajectory.
+
+    actions (T, 7) in the file convention, ee_pos (T, 3) in metres, gripper_states (T, 2) or None; one row is
+    `action_repeat` control steps. Never raises for what a file may contain: the result says what was wrong (`problems`).
+
+    A failed trajectory (success=False) has no positives. What the rule calls negative stays negative; a window before a
+    keyframe is a hard negative only in the last segment, the one whose milestone was never reached. Windows of earlier
+    segments may have been real progress (the object was grasped, then dropped), so they carry no label.
+    """
+    actions, ee_pos = np.asarray(actions, np.float64), np.asarray(ee_pos, np.float64)
+    rate, T = CONTROL_HZ / action_repeat, len(actions)
+    empty = np.zeros(0)
+
+    def unusable(problem):
+        return Labels(np.full(T, IGNORED, np.int8), [], [], empty, empty, 0.0, rate, [problem], False)
+
+    if T < 2:
+        return unusable("too_short")
+    if not (np.isfinite(actions).all() and np.isfinite(ee_pos).all()):
+        return unusable("not_finite")
+
+    steps = np.linalg.norm(np.diff(ee_pos, axis=0), axis=1) * rate  # (T-1,) m/s
+    speed = np.append(steps, steps[-1])  # the last row's action has no successor in the file
+    width = max(1, round(rule.smooth * rate)) // 2 * 2 + 1  # odd, so that the average is centred: 3 rows at 20 Hz, 1 at 5 Hz
+    padded = np.pad(speed, width // 2, mode="edge")
+    speed = np.convolve(padded, np.full(width, 1 / width), mode="valid")  # (T,)
+    near = rule.near_zero * float(np.percentile(speed, 90))
+
+    openness, measured = gripper_openness(actions, gripper_states)
+    milestones = find_milestones(openness, rule.gripper_change, rule.gripper_still / rate)
+    keyframes = find_keyframes(speed, milestones, near)
+    problems = [] if measured else ["gripper_from_command"]
+    problems += [] if milestones else ["no_gripper_change"]
+    problems += [] if keyframes or not success else ["no_keyframe"]
+
+    window, margin = max(1, round(rule.window * rate)), round(rule.margin * rate)
+    labels = np.full(T, NEGATIVE, np.int8)
+    for k in keyframes:
+        labels[k + 1 : k + 1 + margin] = IGNORED
+    for k in keyframes:  # after all margins: leading to the next keyframe outweighs having just left one
+        labels[max(0, k + 1 - window) : k + 1] = POSITIVE
+    if not success:
+        last = milestones[-1] if milestones else 0
+        labels[:last][labels[:last] == POSITIVE] = IGNORED
+        labels[last:][labels[last:] == POSITIVE] = NEGATIVE
+    return Labels(labels, keyframes, milestones, speed, openness, near, rate, problems, "no_keyframe" not in problems)
+
+
+class LabelSummary:
+    """Counts what the label rule met, so that nothing is dropped in silence: `add` each result, then `str()` for one line."""
+
+    def __init__(self):
+        self.trajectories = self.used = 0
+        self.rows = {POSITIVE: 0, NEGATIVE: 0, IGNORED: 0}
+        self.problems = dict.fromkeys(PROBLEMS, 0)
+
+    def add(self, result):
+        self.trajectories += 1
+        self.used += result.usable
+        for problem in result.problems:
+            self.problems[problem] += 1
+        if result.usable:
+            for value in self.rows:
+                self.rows[value] += int((result.labels == value).sum())
+
+    def __str__(self):
+        found = [f"{name} {count} ({PROBLEMS[name]})" for name, count in self.problems.items() if count]
+        return (
+            f"{self.used} of {self.trajectories} trajectories used; rows: {self.rows[POSITIVE]} positive, "
+            f"{self.rows[NEGATIVE]} negative, {self.rows[IGNORED]} without label; "
+            + ("; ".join(found) if found else "no problems")
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One picture per trajectory
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def plot_trajectory(path, frames, result, title, scores=None):
+    """Draw what the label rule saw, so that a person can judge it: thumbnails, speed, gripper, labels (and scores).
+
+    path: PNG to write. frames (T, H, W, 3) uint8 upright. result: Labels. scores (T,) in [0, 1] or None.
+    """
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    T, seconds = len(frames), np.arange(len(frames)) / result.rate
+    rows = 4 if scores is not None else 3
+    figure = Figure(figsize=(12, 2.2 * rows + 1.6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 2.2 * rows - 1.0])
+    top.suptitle(f"{title}\n{', '.join(result.problems) or 'no problems'}", fontsize=10)
+
+    # Frames at the keyframes first, the rest of the strip filled evenly.
+    room = 9
+    shown = list(result.keyframes[:room])
+    for t in np.linspace(0, T - 1, room).round().astype(int).tolist():
+        if len(shown) < room and t not in shown:
+            shown.append(t)
+    for axis, t in zip(np.atleast_1d(top.subplots(1, len(shown))), sorted(shown), strict=True):
+        axis.imshow(frames[t])
+        key = t in result.keyframes
+        axis.set_title(f"{seconds[t]:.1f} s" + (" key" if key else ""), fontsize=8, color="tab:red" if key else "black")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set(color="tab:red" if key else "black", linewidth=2.5 if key else 0.8)
+
+    axes = bottom.subplots(rows, 1, sharex=True, height_ratios=[2, 2, 2, 0.7] if scores is not None else [2, 2, 0.7])
+    speed_axis, gripper_axis, label_axis = axes[0], axes[1], axes[-1]
+    if len(result.speed):
+        edges = [0, *result.milestones, T]
+        for number, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            left, right = (np.array([start, end]) - 0.5) / result.rate
+            for axis in axes[:-1]:
+                axis.axvspan(left, right, color=("tab:blue", "tab:orange")[number % 2], alpha=0.10, linewidth=0)
+            gripper_axis.text(left + 0.02, 82, f" segment {number + 1}", fontsize=8, va="bottom")
+        for k in result.keyframes:
+            for axis in axes[:-1]:
+                axis.axvline(seconds[k], color="tab:red", linewidth=0.8, alpha=0.6)
+        speed_axis.plot(seconds, 100 * result.speed, ".-", color="black", linewidth=1.2, markersize=4)
+        speed_axis.axhline(100 * result.near, color="tab:red", linestyle="--", linewidth=1, label="near zero")
+        speed_axis.plot(seconds[result.keyframes], 100 * result.speed[result.keyframes], "v", color="tab:red", label="keyframe")
+        speed_axis.legend(loc="upper right", fontsize=8)
+        gripper_axis.plot(seconds, 1000 * result.openness, ".-", color="black", linewidth=1.2, markersize=4)
+    speed_axis.set_ylabel("hand speed\ncm/s")
+    gripper_axis.set(ylabel="gripper\nopening, mm", ylim=(-5, 95))
+    if scores is not None:
+        axes[2].plot(seconds, scores, ".-", color="tab:purple", linewidth=1.2, markersize=4)
+        axes[2].set(ylabel="RPRM\nscore", ylim=(-0.05, 1.05))
+    colours = {POSITIVE: ("tab:green", "positive"), NEGATIVE: ("tab:gray", "negative"), IGNORED: ("white", "no label")}
+    for value, (colour, name) in colours.items():
+        rows_of = np.flatnonzero(result.labels == value)
+        spans = [((t - 0.5) / result.rate, 1 / result.rate) for t in rows_of]
+        label_axis.broken_barh(spans, (0, 1), color=colour, edgecolor="black", linewidth=0.2, label=f"{name} ({len(rows_of)})")
+    label_axis.set(yticks=[], ylabel="label", xlabel="time, s", ylim=(0, 1), xlim=(-0.5 / result.rate, (T - 0.5) / result.rate))
+    label_axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=3, fontsize=8, frameon=False)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    atomic_write(path, data.getvalue())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def auroc(scores, labels):
+    """Probability that a positive scores higher than a negative, ties counted half; NaN when a class is missing."""
+    from scipy.stats import rankdata
+
+    labels = np.asarray(labels, bool)
+    n1, n0 = int(labels.sum()), int((~labels).sum())
+    if not n1 or not n0:
+        return math.nan
+    return float((rankdata(scores)[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def average_precision(scores, labels):
+    """Sum over thresholds of precision x gain in recall (no interpolation; equal scores share one threshold)."""
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    if not labels.any():
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(labels[order])
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # last row of each group of equal scores
+    gains = np.diff(hits[last], prepend=0)
+    return float((gains * hits[last] / (last + 1)).sum() / labels.sum())
+
+
+def calibration(scores, labels, bins=10):
+    """{"ece", "brier"} with both classes weighted to equal mass, the prior that training uses.
+
+    ECE: mean over equal-width bins of |share of positives - mean score|. Brier: mean squared error of the score.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    n1 = labels.sum()
+    if n1 == 0 or n1 == len(labels):
+        return {"ece": math.nan, "brier": math.nan}
+    weights = np.where(labels == 1, 0.5 / n1, 0.5 / (len(labels) - n1))
+    which = np.minimum((scores * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, weights * (labels - scores), bins)
+    return {"ece": float(np.abs(gaps).sum()), "brier": float((weights * (scores - labels) ** 2).sum())}
+
+
+def spearman(x, y):
+    """Rank correlation; NaN where one side is constant (nothing to rank)."""
+    from scipy.stats import spearmanr
+
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(spearmanr(x, y).statistic)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model: OpenVLA with a verdict after the action
+# --------------------------------------------------------------------------------------------------------------------
+
+MODES = ("none", "sum", "potential")
+
+
+def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
+    """Reward to add to the sparse one. All arguments broadcast; arrays may be numpy or torch; shape and dtype are kept.
+
+    scores, next_scores: RPRM in [0, 1] at step t and t + 1 (for a cut episode: of its final observation). terminated: bool.
+      none       0
+      sum        weight * score, the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but it pays by
+                 the step: hovering where the score is high earns more than finishing (`evaluate` measures it).
+      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)): over an episode it telescopes to -weight * phi(s_0),
+                 whatever the agent does, so the optimal policy is that of the sparse reward (Ng, Harada and Russell, 1999).
+    The condition of that theorem: phi depends on the state alone, is 0 after termination, and `gamma` is the one of GAE. A
+    score that also sees the action it judges breaks it: every action's advantage then loses phi(s, a), which punishes just the
+    actions that RPRM likes. So `potential` wants the state-only score, `RewardModel.score(..., action_tokens=None)`.
+    A time-limit cut is not a termination: phi(s') stays, as the bootstrap value does.
+    """
+    if mode == "none":
+        return 0.0 * scores
+    if mode == "sum":
+        return weight * scores
+    if mode == "potential":
+        return weight * (gamma * next_scores * (1.0 - 1.0 * terminated) - scores)
+    raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+
+
+class RewardModel:
+    """A frozen RPRM. `model` is an OpenVLA, `info` the content of rprm.json (label rule, metrics, whose vision tower)."""
+
+    def __init__(self, model, info):
+        self.model, self.info = model.eval().requires_grad_(False), info
+        self.token_ids = verdict_token_ids(model)
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+        info = Path(directory) / "rprm.json"
+        if not info.is_file():
+            raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give the --out of `train`")
+        return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), json.loads(info.read_text()))
+
+    @torch.no_grad()
+    def score(self, input_ids, attention_mask, action_tokens=None, *, pixel_values=None, patch_embeddings=None):
+        """p("1") / (p("1") + p("0")), (B,) float32 in [0, 1]: does this action (or, with None, this state) make progress?
+
+        input_ids, attention_mask (B, L) from `model.tokenize`; action_tokens (B, 7) int64 or None; one of pixel_values
+        (B, 6, S, S) and patch_embeddings (B, P, d). Rows do not influence each other.
+        """
+        logits = verdict_logits(
+            self.model, input_ids, attention_mask, action_tokens, self.token_ids, pixel_values, patch_embeddings
+        )
+        return (logits[:, 0] - logits[:, 1]).sigmoid()  # softmax over the two verdicts
+
+    def score_frames(self, frames, instruction, actions, unnorm_key=None, chunk=64):
+        """Scores (T,) float64 of a recorded trajectory: frames (T, H, W, 3) uint8 upright, actions (T, 7) in file convention."""
+        tokens, scores = action_tokens_of(self.model, actions, unnorm_key).to(self.model.device), []
+        for i in range(0, len(frames), chunk):
+            part = frames[i : i + chunk]
+            embeddings = embed_frames(self.model, part)
+            ids, mask = self.model.tokenize([instruction] * len(part))
+            scores.append(self.score(ids, mask, tokens[i : i + chunk], patch_embeddings=embeddings).double().cpu().numpy())
+        return np.concatenate(scores)
+
+    def shares_vision(self, policy):
+        """True when `policy` computes the same patch embeddings, so that one vision pass can serve both during a rollout.
+
+        `train` leaves the vision side of the SFT policy as it was, for this reason.
+        """
+        mine, theirs = vision_state(self.model), vision_state(policy)
+        return mine.keys() == theirs.keys() and all(
+            mine[k].shape == theirs[k].shape and torch.equal(mine[k].cpu(), theirs[k].to(mine[k].dtype).cpu()) for k in mine
+        )
+
+
+def vision_state(model):
+    """The tensors that patch embeddings are made of: both towers and the projector."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("language_model.")}
+
+
+def verdict_token_ids(model):
+    """Ids of the success token "1" and the no-success token "0", in that order."""
+    ids = [model.tokenizer.token_to_id(text) for text in ("1", "0")]
+    if None in ids:
+        raise UserError('the checkpoint\'s tokenizer has no tokens "1" and "0", which the reward model answers with')
+    return ids
+
+
+def verdict_logits(model, input_ids, attention_mask, action_tokens, token_ids, pixel_values=None, patch_embeddings=None):
+    """Next-token logits (B, len(token_ids)) after image + prompt + 7 action tokens.
+
+    A state without action has the same length: seven times the "0" token, which no action is written with, stand in for the
+    tokens. Training shows this to a part of each batch, so one model gives both scores.
+    """
+    if action_tokens is None:
+        blank = verdict_token_ids(model)[1]
+        action_tokens = torch.full((len(input_ids), ACTION_DIM), blank, dtype=torch.int64, device=input_ids.device)
+    return model.text_after_actions_logits(
+        input_ids,
+        attention_mask,
+        action_tokens,
+        pixel_values=pixel_values,
+        patch_embeddings=patch_embeddings,
+        token_ids=token_ids,
+    ).float()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training (Eq. 3)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Examples:
+    """Labelled rows of many trajectories. The vision side is frozen, so each image goes through the towers once, here."""
+
+    instructions: list  # n strings
+    patch_embeddings: torch.Tensor  # (n, P, d) float16, on the CPU: 25 kB a row at the tiny size
+    action_tokens: torch.Tensor  # (n, 7) int64
+    labels: torch.Tensor  # (n,) float32, 1 or 0
+    trajectory: torch.Tensor  # (n,) int64, number of the trajectory that the row is from
+
+    def __len__(self):
+        return len(self.labels)
+
+    def select(self, rows):
+        rows = torch.as_tensor(rows)
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        tensors = (self.patch_embeddings, self.action_tokens, self.labels, self.trajectory)
+        return Examples([self.instructions[i] for i in rows.tolist()], *(x[rows] for x in tensors))
+
+
+def make_examples(model, trajectories, rule, unnorm_key, summary):
+    """Label trajectories (dicts of `read_trajectories`) and embed their labelled rows -> Examples. Counts into `summary`."""
+    instructions, parts = [], []
+    for number, trajectory in enumerate(trajectories):
+        result = label(trajectory, rule)
+        summary.add(result)
+        rows = np.flatnonzero(result.labels != IGNORED)
+        if not result.usable or not len(rows):
+            continue
+        instructions += [trajectory["instruction"]] * len(rows)
+        tokens = action_tokens_of(model, trajectory["actions"][rows], unnorm_key)
+        embeddings = embed_frames(model, trajectory["frames"][rows]).to("cpu", torch.float16)
+        labels = torch.from_numpy(result.labels[rows]).float()
+        parts.append((embeddings, tokens, labels, torch.full((len(rows),), number)))
+    if not parts:
+        raise UserError(f"no trajectory can be used: {summary}")
+    return Examples(instructions, *(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def embed_frames(model, frames, chunk=64):
+    """(n, H, W, 3) uint8 upright -> (n, P, d) patch embeddings, a chunk at a time to bound the memory."""
+    chunks = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
+    return torch.cat([model.embed_images(model.preprocess(c).to(model.device, model.dtype)) for c in chunks])
+
+
+@torch.no_grad()
+def predict(model, examples, state_only=False, batch_size=256):
+    """Scores (n,) numpy float64 of all rows; with state_only, of the state without its action."""
+    token_ids, scores = verdict_token_ids(model), []
+    for rows in torch.arange(len(examples)).split(batch_size):
+        batch = examples.select(rows)
+        input_ids, attention_mask = model.tokenize(batch.instructions)
+        tokens = None if state_only else batch.action_tokens.to(model.device)
+        embeddings = batch.patch_embeddings.to(model.device, model.dtype)
+        logits = verdict_logits(model, input_ids, attention_mask, tokens, token_ids, patch_embeddings=embeddings)
+        scores.append((logits[:, 0] - logits[:, 1]).sigmoid().double().cpu())
+    return torch.cat(scores).numpy()
+
+
+def measure(model, examples):
+    """Held-out metrics of a model: a dict of floats. `nll` weighs both classes equally, as training does."""
+    labels = examples.labels.numpy()
+    scores, state_scores = predict(model, examples), predict(model, examples, state_only=True)
+    right = np.clip(np.where(labels == 1, scores, 1 - scores), 1e-7, 1)
+    weights = np.where(labels == 1, 0.5 / max(1, labels.sum()), 0.5 / max(1, (1 - labels).sum()))
+    return {
+        "auroc": auroc(scores, labels),
+        "average_precision": average_precision(scores, labels),
+        "prevalence": float(labels.mean()),  # what a random score's average precision would be
+        **calibration(scores, labels),
+        "nll": float(-(weights * np.log(right)).sum()),
+        "auroc_state_only": auroc(state_scores, labels),
+        "rows": len(examples),
+    }
+
+
+def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_dropout, whole_vocabulary, seed):
+    """Fine-tune the language model of `model` in place on `train`; early stop on the held-out loss; best weights are kept.
+
+    Returns (metrics of the kept epoch with "epoch", list of metrics by epoch; entry 0 is before training).
+    """
+    token_ids = verdict_token_ids(model)
+    answers = torch.tensor(token_ids, device=model.device)
+    vocabulary = list(range(model.text["vocab_size"])) if whole_vocabulary else token_ids
+    model.requires_grad_(False)
+    model.language_model.requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.language_model.parameters(), lr=lr, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(train) / batch_size)
+    positives = train.labels.sum()
+    # Class balance: positives and negatives are drawn equally often, and no negative is thrown away for it.
+    weights = torch.where(train.labels == 1, 0.5 / positives, 0.5 / (len(train) - positives))
+
+    history = [{"epoch": 0, **measure(model, held_out)}]
+    best, best_weights = history[0], None
+    with tqdm(total=epochs * steps, desc="RPRM", unit="step", mininterval=1.0) as bar:
+        for epoch in range(1, epochs + 1):
+            for rows in torch.multinomial(weights, steps * batch_size, True, generator=generator).split(batch_size):
+                batch = train.select(rows)
+                input_ids, attention_mask = model.tokenize(batch.instructions)
+                tokens = batch.action_tokens.clone()
+                tokens[torch.rand(len(tokens), generator=generator) < action_dropout] = token_ids[1]  # state without action
+                logits = verdict_logits(
+                    model,
+                    input_ids,
+                    attention_mask,
+                    tokens.to(model.device),
+                    vocabulary,
+                    patch_embeddings=batch.patch_embeddings.to(model.device, model.dtype),
+                )  # (B, 2) or (B, V)
+                wrong = (batch.labels == 0).long().to(model.device)  # column 0 is "1", column 1 is "0"
+                # Eq. 3: -log p(verdict token | action tokens, image, instruction)
+                loss = F.cross_entropy(logits, answers[wrong] if whole_vocabulary else wrong)
+                for group in optimiser.param_groups:  # linear decay to zero
+                    group["lr"] = lr * (1 - bar.n / bar.total)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.language_model.parameters(), 1.0)
+                optimiser.step()
+                bar.update()
+            history.append({"epoch": epoch, "train_loss": loss.item(), **measure(model, held_out)})
+            bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("auroc", "nll")})
+            if history[-1]["nll"] < best["nll"]:
+                best = history[-1]
+                best_weights = {k: v.detach().cpu().clone() for k, v in model.language_model.state_dict().items()}
+            elif epoch - best["epoch"] >= patience:
+                break
+    if best_weights is not None:
+        model.language_model.load_state_dict(best_weights)
+    return best, history
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks in the simulator: does the score follow the task, and is it safe to optimise?
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TaskProgress:
+    """True progress of a pick-and-place task in [0, 1], from the simulator: the mean over the task's goals of
+
+    reach (hand to object), lift (5 cm is all of it) and carry (object to its goal, seen from above), each in [0, 1] relative to
+    the start of the episode and each at its best so far: a hand that has let go of the object has not lost the task.
+    """
+
+    def __init__(self, sim, start):
+        goals = sim.env.env.parsed_problem["goal_state"]  # e.g. [["in", "butter_1", "basket_1_contain_region"]]
+        self.pairs = []
+        for predicate, *names in goals:
+            places = [o for o in start["objects"] if len(names) == 2 and names[1].startswith(o)]
+            if predicate.lower() in ("in", "on") and places and names[0] in start["objects"]:
+                self.pairs.append((names[0], max(places, key=len)))
+        if not self.pairs:
+            raise UserError(
+                f"{sim.suite} task {sim.task_id} ({sim.instruction}) has no goal of the kind object in or on object, so its "
+                "progress is not known; use libero_object or libero_spatial"
+            )
+        self.start = [self._measure(start, *pair) for pair in self.pairs]
+        self.best = np.zeros((len(self.pairs), 3))
+
+    @staticmethod
+    def _measure(state, name, place):
+        position, goal = state["objects"][name][0], state["objects"][place][0]
+        return np.linalg.norm(position - state["eef_pos"]), position[2], np.linalg.norm((position - goal)[:2])
+
+    def __call__(self, state):
+        for i, (pair, (reach0, height0, carry0)) in enumerate(zip(self.pairs, self.start, strict=True)):
+            reach, height, carry = self._measure(state, *pair)
+            now = np.clip([1 - reach / reach0, (height - height0) / 0.05, 1 - carry / max(carry0, 1e-6)], 0, 1)
+            self.best[i] = np.maximum(self.best[i], now)
+        return float(self.best.mean())
+
+
+@torch.no_grad()
+def roll(rprm, model, sim, episodes, limit, choose):
+    """Run started episodes of one task in lockstep for at most `limit` decisions, scoring every step.
+
+    choose(rows, input_ids, attention_mask, patch_embeddings) -> action tokens (n, 7), actions (n, 7) of the episodes `rows`.
+    model: the OpenVLA that `choose` uses. Returns one dict per episode: success, scores (T,), state_scores (T + 1,),
+    progress (T + 1,), states (T), actions (T), frames (T).
+    """
+    shared = rprm.shares_vision(model)
+    progress = [TaskProgress(sim, episode.privileged()) for episode in episodes]
+    names = ("scores", "state_scores", "progress", "states", "actions", "frames", "eef", "gripper")
+    runs = [{"success": False, **{name: [] for name in names}} for _ in episodes]
+    for step in range(limit + 1):
+        rows = [i for i, run in enumerate(runs) if not run["success"]]
+        if not rows:
+            break
+        frames = np.stack([episodes[i].render() for i in rows])
+        input_ids, attention_mask = model.tokenize([sim.instruction] * len(rows))
+        own = embed_frames(rprm.model, frames)
+        state_scores = rprm.score(input_ids, attention_mask, None, patch_embeddings=own)
+        for k, i in enumerate(rows):
+            state = episodes[i].privileged()
+            runs[i]["state_scores"].append(float(state_scores[k]))
+            runs[i]["progress"].append(progress[i](state))
+        if step == limit:
+            break
+        tokens, actions = choose(rows, input_ids, attention_mask, own if shared else embed_frames(model, frames))
+        scores = rprm.score(input_ids, attention_mask, tokens, patch_embeddings=own)
+        for k, i in enumerate(rows):
+            run, state = runs[i], episodes[i].privileged()
+            for name, value in (("scores", float(scores[k])), ("states", episodes[i].get_state()), ("actions", actions[k]),
+                                ("frames", frames[k]), ("eef", state["eef_pos"]), ("gripper", state["gripper_qpos"])):
+                run[name].append(value)
+            for _ in range(model.action_repeat):
+                run["success"] = run["success"] or episodes[i].step(actions[k])
+            if run["success"]:
+                run["state_scores"].append(0.0)  # phi after termination
+                run["progress"].append(1.0)
+    return runs
+
+
+def shaped_return(run, mode, weight, gamma):
+    """Discounted return of a run (dict of `roll`) under sparse + shaping reward."""
+    T = len(run["scores"])
+    scores = np.array(run["state_scores"][:T] if mode == "potential" else run["scores"])
+    terminated = np.zeros(T, bool)
+    terminated[-1] = run["success"]
+    rewards = 1.0 * terminated + shaping_reward(
+        scores, np.array(run["state_scores"][1:]), mode, weight, gamma, terminated
+    )
+    return float((gamma ** np.arange(T) * rewards).sum())
+
+
+def loiter(rprm, model, sim, runs, limit, unnorm_key):
+    """For each successful run, the same agent hovering from its best-scored step on until the time limit -> list of runs.
+
+    It holds its position and its gripper. This is what an agent that maximises `sum` is tempted to do.
+    """
+    starts = [int(np.argmax(run["scores"])) for run in runs]
+    episodes, actions = [], []
+    for run, t in zip(runs, starts, strict=True):
+        episodes.append(sim.episode())
+        episodes[-1].set_state(run["states"][t])
+        actions.append(np.array([0, 0, 0, 0, 0, 0, float(run["actions"][t][6] > 0.5)]))
+    actions = np.array(actions)
+    tokens = torch.from_numpy(model.encode_actions(actions, unnorm_key)).to(model.device)
+    tails = roll(rprm, model, sim, episodes, limit - min(starts), lambda rows, *_: (tokens[rows], actions[rows]))
+    result = []
+    for run, t, tail in zip(runs, starts, tails, strict=True):
+        keep = limit - t  # episodes that were left later have less time to hover
+        scores, state_scores = tail["scores"][:keep], tail["state_scores"][: keep + 1]
+        ended = tail["success"] and len(tail["scores"]) <= keep  # the object fell into place by itself
+        result.append(
+            {"success": ended, "scores": run["scores"][:t] + scores, "state_scores": run["state_scores"][:t] + state_scores}
+        )
+    return result
+
+
+def evaluate(rprm, model, suite, task_ids, episodes_per_task, temperature, weight, gamma, unnorm_key, seed):
+    """Roll the policy out and measure the reward model on it -> dict for JSON (NaN where an episode kind is missing)."""
+    from sim import TaskSim, max_steps
+
+    limit, generator = max_steps(suite) // model.action_repeat, torch.Generator().manual_seed(seed)
+    runs, pairs = [], []
+    for task_id in tqdm(task_ids, desc="evaluate", unit="task"):
+        sim = TaskSim(suite, task_id)
+        episodes = [sim.episode() for _ in range(episodes_per_task)]
+        for i, episode in enumerate(episodes):
+            episode.reset(i % sim.num_init_states)
+
+        def policy(rows, input_ids, attention_mask, embeddings):
+            tokens = model.generate_actions(
+                input_ids, None, attention_mask, patch_embeddings=embeddings, temperature=temperature, generator=generator
+            ).tokens
+            return tokens, model.decode_actions(tokens, unnorm_key)
+
+        done = roll(rprm, model, sim, episodes, limit, policy)
+        won = [run for run in done if run["success"]]
+        if won:
+            pairs += zip(won, loiter(rprm, model, sim, won, limit, unnorm_key), strict=True)
+        runs += [{**run, "task_id": task_id, "instruction": sim.instruction} for run in done]
+        sim.close()
+
+    def mean(values):
+        values = [v for v in values if not math.isnan(v)]
+        return float(np.mean(values)) if values else math.nan
+
+    ahead = max(1, round(CONTROL_HZ / model.action_repeat))  # one second
+    correlations = {"cumulative_score": [], "time_alone": [], "score_and_next_second": []}
+    for run, _ in pairs:
+        scores, progress = np.array(run["scores"]), np.array(run["progress"])
+        gain = progress[np.minimum(np.arange(len(scores)) + ahead, len(scores))] - progress[:-1]
+        correlations["cumulative_score"].append(spearman(np.cumsum(scores), progress[1:]))
+        correlations["time_alone"].append(spearman(np.arange(len(scores)), progress[1:]))
+        correlations["score_and_next_second"].append(spearman(scores, gain))
+    loitering = {}
+    hovering = [pair for pair in pairs if not pair[1]["success"]]  # sometimes the object falls into place by itself
+    for mode in MODES:
+        sparse = [shaped_return(run, "none", 0.0, gamma) for run, _ in hovering]
+        extra = [
+            shaped_return(hover, mode, 1.0, gamma) - shaped_return(run, mode, 1.0, gamma) + s
+            for (run, hover), s in zip(hovering, sparse, strict=True)
+        ]  # what hovering gains on succeeding in shaping reward, at weight 1
+        loitering[mode] = {
+            "success_return": mean(shaped_return(run, mode, weight, gamma) for run, _ in hovering),
+            "loiter_return": mean(shaped_return(hover, mode, weight, gamma) for _, hover in hovering),
+            "loiter_wins": sum(weight * e > s for e, s in zip(extra, sparse, strict=True)),
+            "pairs": len(hovering),
+            # the largest weight at which no loiterer wins; None: none wins at any weight
+            "safe_weight": min((s / e for e, s in zip(extra, sparse, strict=True) if e > 0), default=None),
+        }
+    report = {
+        "suite": suite, "task_ids": list(task_ids), "episodes": len(runs), "successes": len(pairs), "seed": seed,
+        "temperature": temperature, "weight": weight, "gamma": gamma,
+        "episode_auroc": auroc([np.mean(run["scores"]) for run in runs], [run["success"] for run in runs]),
+        "mean_score": {
+            "success": mean(float(np.mean(r["scores"])) for r in runs if r["success"]),
+            "failure": mean(float(np.mean(r["scores"])) for r in runs if not r["success"]),
+        },
+        "spearman_with_progress": {name: mean(values) for name, values in correlations.items()},
+        "loitering": loitering,
+    }
+    return report, runs
+
+
+def print_report(report):
+    """One table on the terminal."""
+    print(f"\n{report['suite']}, tasks {report['task_ids']}: {report['successes']} of {report['episodes']} episodes succeeded")
+    means = report["mean_score"]
+    print(
+        f"episode AUROC success / failure  {report['episode_auroc']:.3f}   "
+        f"(mean score {means['success']:.3f} / {means['failure']:.3f})"
+    )
+    s = report["spearman_with_progress"]
+    print(
+        f"Spearman with true progress      {s['cumulative_score']:.3f} cumulative score ({s['time_alone']:.3f} for time alone); "
+        f"{s['score_and_next_second']:.3f} score against the next second's progress"
+    )
+    print(f"loitering at weight {report['weight']:g}, gamma {report['gamma']:g}")
+    print(f"  {'mode':<10} {'succeeds':>9} {'hovers':>9} {'hovering wins':>14} {'safe weight':>12}")
+    for mode, row in report["loitering"].items():
+        safe = "any" if row["safe_weight"] is None else f"< {row['safe_weight']:.4f}"
+        wins = f"{row['loiter_wins']} of {row['pairs']}"
+        print(f"  {mode:<10} {row['success_return']:>9.3f} {row['loiter_return']:>9.3f} {wins:>14} {safe:>12}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default, text, /, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+_RULE = LabelRule()
+
+
+@dataclass
+class RuleArgs:
+    demos: Path = flag(Path("demos"), "HDF5 file in LIBERO's layout, or a directory of them (searched recursively)")
+    limit: int | None = flag(None, "at most this many trajectories of each file", min=1)
+    gripper_change: float = flag(_RULE.gripper_change, "smallest swing of the gripper's opening that ends a segment, m", min=1e-4)
+    gripper_still: float = flag(_RULE.gripper_still, "fingers slower than this have stopped, m/s", min=1e-4)
+    near_zero: float = flag(_RULE.near_zero, "near-zero speed, as a fraction of the 90th percentile", min=0.0, max=1.0)
+    window: float = flag(_RULE.window, "seconds before a keyframe that are positive", min=0.0)
+    margin: float = flag(_RULE.margin, "seconds after a keyframe without label", min=0.0)
+    smooth: float = flag(_RULE.smooth, "seconds of moving average over the speed", min=0.0)
+
+    def rule(self):
+        return LabelRule(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LabelRule)})
+
+
+@dataclass
+class LabelArgs(RuleArgs):
+    plot: Path | None = flag(None, "directory for one PNG per trajectory")
+
+
+@dataclass
+class TrainArgs(RuleArgs):
+    suite: str = flag("libero_object", "suite whose action statistics the policy's checkpoint is read with")
+    policy: str = flag("checkpoints/libero_object_sft", "SFT checkpoint to start from (directory or hub id)")
+    out: Path = flag(Path("runs/rprm"), "directory for the reward model")
+    failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
+    epochs: int = flag(20, "most passes over the training rows", min=1)
+    patience: int = flag(4, "stop after this many epochs without a better held-out loss", min=1)
+    batch_size: int = flag(64, "rows per optimiser step", min=2)
+    lr: float = flag(1e-4, "peak learning rate of AdamW (7B: 1e-5)", min=0.0)
+    action_dropout: float = flag(0.3, "share of rows shown without their action, for the state-only score", min=0.0, max=1.0)
+    held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
+    whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, instead of over the two verdicts that the score compares")
+    device: str = flag("cpu", "torch device")
+    seed: int = flag(0, "seed of the split and of the batches", min=0)
+
+
+@dataclass
+class ScoreArgs(RuleArgs):
+    suite: str = flag("libero_object", "suite whose action statistics the checkpoint is read with")
+    rprm: str | None = flag(None, "reward model directory (--out of train)")
+    vlm: str | None = flag(None, "instead: a stock vision-language model of transformers, hub id or directory, asked zero-shot")
+    plot: Path | None = flag(None, "directory for one PNG per trajectory, score included")
+    json: Path | None = flag(None, "file for the scores of every step")
+    device: str = flag("cpu", "torch device")
+
+
+@dataclass
+class EvaluateArgs:
+    suite: str = flag("libero_object", "LIBERO suite to roll out on")
+    rprm: str = flag("checkpoints/libero_object_rprm", "reward model directory")
+    policy: str = flag("checkpoints/libero_object_sft", "policy checkpoint that acts")
+    task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
+    episodes_per_task: int = flag(5, "episodes per task, from the protocol's initial states", min=1)
+    temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
+    weight: float = flag(0.1, "--prm-weight of the RL run to check", min=0.0)
+    gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
+    json: Path | None = flag(None, "file for the report")
+    device: str = flag("cpu", "torch device")
+    seed: int = flag(0, "seed of the sampling", min=0)
+
+
+def label(trajectory, rule):
+    """`label_trajectory` for a dict of `read_trajectories`."""
+    return label_trajectory(
+        trajectory["actions"], trajectory["ee_pos"], trajectory["gripper_states"], trajectory["action_repeat"], rule,
+        trajectory["success"],
+    )
+
+
+def action_tokens_of(model, actions, unnorm_key):
+    """Actions (n, 7) of a demonstration file -> tokens (n, 7) int64. Files: gripper -1 open, +1 close; policy: 1 open, 0 close."""
+    policy_actions = np.concatenate([actions[:, :6], (1.0 - actions[:, 6:]) / 2.0], axis=1)
+    return torch.from_numpy(model.encode_actions(policy_actions, unnorm_key))
+
+
+def read_trajectories(path, limit=None, success=True):
+    """Trajectories of one HDF5 file in LIBERO's layout, or of all files below a directory, as dicts of arrays."""
+    import h5py
+
+    path = Path(path)
+    files = sorted(path.rglob("*.hdf5")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"no demonstrations at {path}: give an HDF5 file or a directory of them (python demos.py makes them)")
+    for file in files:
+        try:
+            with h5py.File(file, "r") as handle:
+                data = handle["data"]
+                names = sorted(data, key=lambda name: int(name.split("_")[-1]))[:limit]
+                instruction = "".join(json.loads(data.attrs["problem_info"])["language_instruction"]).strip('"')
+                repeat = int(data.attrs.get("action_repeat", 1))
+                for name in names:
+                    demo = data[name]
+                    yield {
+                        "name": f"{file.stem}_{name}",
+                        "instruction": instruction,
+                        "action_repeat": repeat,
+                        "success": success,
+                        "actions": demo["actions"][()].astype(np.float64),
+                        "ee_pos": demo["obs/ee_pos"][()].astype(np.float64),
+                        "gripper_states": demo["obs/gripper_states"][()] if "obs/gripper_states" in demo else None,
+                        "frames": demo["obs/agentview_rgb"][()][:, ::-1, ::-1],  # stored as OpenGL renders: turn by 180 degrees
+                    }
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{file} is not a readable demonstration file in LIBERO's layout: {error}") from error
+
+
+def run_label(args):
+    rule, summary = args.rule(), LabelSummary()
+    for trajectory in read_trajectories(args.demos, args.limit):
+        result = label(trajectory, rule)
+        summary.add(result)
+        if args.plot:
+            plot_trajectory(
+                args.plot / f"{safe_name(trajectory['name'])}.png", trajectory["frames"], result, trajectory["name"]
+            )
+    print(summary)
+
+
+def split(examples, share, seed):
+    """Bool mask (n,) of the held-out rows: whole trajectories, since neighbouring frames of one are nearly the same picture."""
+    numbers = torch.unique(examples.trajectory)
+    if len(numbers) < 2:
+        raise UserError("one usable trajectory is too few: one has to be held out; give more demonstrations")
+    order = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
+    return torch.isin(examples.trajectory, order[: max(1, round(share * len(numbers)))])
+
+
+def run_train(args):
+    rule, summary = args.rule(), LabelSummary()
+    model = OpenVLA.from_pretrained(args.policy, device=args.device)
+    verdict_token_ids(model)
+
+    def trajectories():
+        yield from read_trajectories(args.demos, args.limit)
+        if args.failures:
+            yield from read_trajectories(args.failures, args.limit, success=False)
+
+    bar = tqdm(trajectories(), desc="label and embed", unit="trajectory")
+    examples = make_examples(model, bar, rule, args.suite, summary)
+    print(summary)
+    held_out = split(examples, args.held_out, args.seed)
+    options = {name: getattr(args, name) for name in
+               ("epochs", "batch_size", "lr", "patience", "action_dropout", "whole_vocabulary", "seed")}
+    best, history = fit(model, examples.select(~held_out), examples.select(held_out), **options)
+    info = {
+        "label_rule": dataclasses.asdict(rule), "labels": str(summary), "suite": args.suite, "policy": str(args.policy),
+        "demos": str(args.demos), "failures": None if args.failures is None else str(args.failures),
+        "train_rows": int((~held_out).sum()), "training": options, "held_out": best, "history": history,
+    }
+    model.side_files["rprm.json"] = json.dumps(info, indent=1).encode()
+    model.save_pretrained(args.out)
+    print(
+        f"held out ({best['rows']} rows, epoch {best['epoch']}): AUROC {best['auroc']:.3f}, average precision "
+        f"{best['average_precision']:.3f} (random {best['prevalence']:.3f}), ECE {best['ece']:.3f}, Brier {best['brier']:.3f}, "
+        f"AUROC without the action {best['auroc_state_only']:.3f}\nsaved {args.out}"
+    )
+
+
+def run_score(args):
+    if (args.rprm is None) == (args.vlm is None):
+        raise UserError("give one of --rprm and --vlm")
+    rule, summary, records = args.rule(), LabelSummary(), []
+    if args.vlm:
+        judge = StockVLM.from_pretrained(args.vlm, device=args.device)
+    else:
+        judge = RewardModel.from_pretrained(args.rprm, device=args.device)
+    for trajectory in tqdm(read_trajectories(args.demos, args.limit), desc="score", unit="trajectory"):
+        result = label(trajectory, rule)
+        summary.add(result)
+        if args.vlm:
+            scores = judge.score_frames(trajectory["frames"], trajectory["instruction"])
+        else:
+            scores = judge.score_frames(trajectory["frames"], trajectory["instruction"], trajectory["actions"], args.suite)
+        records.append({"name": trajectory["name"], "labels": result.labels.tolist(), "scores": scores.tolist()})
+        if args.plot:
+            path = args.plot / f"{safe_name(trajectory['name'])}.png"
+            plot_trajectory(path, trajectory["frames"], result, trajectory["name"], scores)
+    scores, labels = (np.concatenate([r[key] for r in records]) for key in ("scores", "labels"))
+    known = labels != IGNORED
+    print(f"{summary}\nAUROC against the pseudo labels {auroc(scores[known], labels[known] == POSITIVE):.3f}")
+    if args.json:
+        atomic_write(args.json, json.dumps(records))
+
+
+def run_evaluate(args):
+    from sim import check_task_ids
+
+    task_ids = check_task_ids(args.suite, args.task_ids)
+    rprm = RewardModel.from_pretrained(args.rprm, device=args.device)
+    model = OpenVLA.from_pretrained(args.policy, device=args.device)
+    report, _ = evaluate(
+        rprm, model, args.suite, task_ids, args.episodes_per_task, args.temperature, args.weight, args.gamma, args.suite, args.seed
+    )
+    print_report(report)
+    if args.json:
+        atomic_write(args.json, json.dumps(report, indent=1))
+
+
+@main_guard
+def main(argv=None):
+    commands = {
+        "label": (LabelArgs, "pseudo labels of demonstrations: counts, and a plot per trajectory"),
+        "train": (TrainArgs, "fine-tune the imitation policy into a reward model"),
+        "score": (ScoreArgs, "scores of recorded trajectories"),
+        "evaluate": (EvaluateArgs, "checks in the simulator: progress, success against failure, loitering"),
+    }
+    name, args = parse_command(commands, "RPRM: label, train, score, evaluate", argv)
+    {"label": run_label, "train": run_train, "score": run_score, "evaluate": run_evaluate}[name](args)
+
+
+if __name__ == "__main__":
+    main()

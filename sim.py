@@ -1,0 +1,578 @@
+"""One LIBERO task in one process: built once, stepped lean, rendered light.
+
+Stock LIBERO spends most of a control step outside physics: robosuite evaluates the controller and every observable at each
+of the 25 physics substeps, calls `mj_forward` three times where once is enough, and renders 300,000 triangles into 256
+pixels; an episode's end rebuilds the whole model. This file keeps the simulator's results and drops the rest:
+
+* `TaskSim` compiles a task once (LIBERO builds the scene, the goal predicates stay LIBERO's own).
+* `Episode` is one running episode: its own `MjData` on the shared model, so that many episodes of one task share the
+  compiled model, the textures and the render context. Changing an environment's task is picking another `TaskSim`.
+* `Episode.step` is robosuite's OSC_POSE controller, substep for substep (`mj_step1` - torques - `mj_step2`), in one
+  compiled function. `tests/test_sim.py` holds it to the stock environment: qpos and qvel equal within 1e-9 after 100
+  random actions.
+* `light` rendering draws simplified copies of the meshes (quadric decimation, texture coordinates and normals taken from the
+  original surface). Only the renderer's copy is simplified: physics never sees it.
+
+Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models/grippers/panda_gripper.py`; LIBERO
+`envs/bddl_base_domain.py`; measured facts in README ("Environments").
+"""
+
+import copy
+import hashlib
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering; must be set before mujoco is imported
+
+from common import UserError, silence_third_party
+
+silence_third_party()
+
+import fast_simplification
+import mujoco
+import numba
+import numpy as np
+from libero.libero import benchmark, get_libero_path
+from libero.libero.envs.env_wrapper import ControlEnv
+from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error, set_goal_orientation
+from scipy.spatial import cKDTree
+
+# Policy steps per episode in LIBERO's evaluation protocol (control steps at 20 Hz, the 10 settling steps not counted).
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+SUITES = tuple(MAX_STEPS)
+SETTLE_STEPS = 10  # no-op steps after placing the objects, so that they come to rest
+NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])  # policy convention: gripper 1 = open
+CONTROL_FREQ = 20  # Hz
+SUBSTEPS = 25  # 500 Hz physics at 20 Hz control
+CAMERA = "agentview"
+
+# OSC_POSE constants of robosuite's default configuration (controllers/config/osc_pose.json).
+OUTPUT_MAX = np.array([0.05, 0.05, 0.05, 0.5, 0.5, 0.5])  # an action of 1.0 moves the goal 5 cm or 0.5 rad
+KP = 150.0
+KD = 2.0 * np.sqrt(KP)  # critically damped
+GRIPPER_SPEED = 0.01  # per substep, in normalised finger position
+
+_FULL_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+
+
+def base_suite(suite):
+    """The original suite behind a LIBERO-PRO perturbation (`libero_object_swap` -> `libero_object`)."""
+    for name in SUITES:
+        if suite == name or suite.startswith(name + "_"):
+            return name
+    raise UserError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)} (or a LIBERO-PRO variant of one)")
+
+
+def max_steps(suite):
+    """Step limit of the suite's evaluation protocol, in control steps."""
+    return MAX_STEPS[base_suite(suite)]
+
+
+def get_suite(suite):
+    """LIBERO's benchmark object for a suite name; UserError for an unknown one."""
+    base_suite(suite)
+    try:
+        return benchmark.get_benchmark(suite)()
+    except (KeyError, AttributeError):
+        known = sorted(benchmark.get_benchmark_dict()) if hasattr(benchmark, "get_benchmark_dict") else list(SUITES)
+        raise UserError(f"unknown suite {suite!r}: choose one of {', '.join(known)}") from None
+
+
+def num_tasks(suite):
+    return get_suite(suite).n_tasks
+
+
+def instructions(suite):
+    """The language instruction of every task of a suite, in task order."""
+    bench = get_suite(suite)
+    return [bench.get_task(i).language for i in range(bench.n_tasks)]
+
+
+def check_task_ids(suite, task_ids):
+    """Return `task_ids` (all tasks when None) or raise UserError naming the valid range."""
+    n = num_tasks(suite)
+    task_ids = list(range(n)) if task_ids is None else list(task_ids)
+    bad = [t for t in task_ids if not 0 <= t < n]
+    if bad or not task_ids:
+        raise UserError(f"task id {bad[0] if bad else '(none)'} is not in {suite}: valid ids are 0 to {n - 1}")
+    return task_ids
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The controller: OSC_POSE as one compiled function
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True)
+def _osc_torques(j_pos, j_ori, mass, joint_pos, joint_vel, ee_pos, ee_mat, ee_vel, ee_angvel,
+                 goal_pos, goal_ori, rest_qpos, bias, torque_limit):
+    """Joint torques (7,) that pull the gripper to its goal pose: robosuite's `OperationalSpaceController.run_controller`.
+
+    j_pos, j_ori (3, 7): Jacobians of the grip site; mass (7, 7): the arm's inertia; bias (7,): gravity and Coriolis.
+    The decoupled form: forces through the position block, torques through the rotation block, and a weak pull of the
+    redundant degree of freedom to the rest pose through the null space.
+    """
+    force = (goal_pos - ee_pos) * KP - ee_vel * KD
+    torque = orientation_error(goal_ori, ee_mat) * KP - ee_angvel * KD
+    j_full = np.vstack((j_pos, j_ori))
+    _, lambda_pos, lambda_ori, nullspace = opspace_matrices(mass, j_full, j_pos, j_ori)
+    wrench = np.concatenate((np.dot(lambda_pos, force), np.dot(lambda_ori, torque)))
+    tau = np.dot(j_full.T, wrench) + bias
+    tau += nullspace_torques(mass, nullspace, rest_qpos, joint_pos, joint_vel)
+    return np.minimum(np.maximum(tau, -torque_limit), torque_limit)
+
+
+@numba.njit(cache=True)
+def _measure(jacp, jacr, mass, qpos, qvel):
+    """The controller's inputs from whole-model arrays: the arm's joints are the first 7 degrees of freedom."""
+    return (
+        np.ascontiguousarray(jacp[:, :7]), np.ascontiguousarray(jacr[:, :7]), np.ascontiguousarray(mass[:7, :7]),
+        qpos[:7].copy(), qvel[:7].copy(), np.dot(jacp, qvel), np.dot(jacr, qvel),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Light rendering: decimated copies of the visual meshes
+# --------------------------------------------------------------------------------------------------------------------
+
+# One triangle for two pixels of a mesh's bounding circle on the 256 px image, and never fewer than MIN_FACES.
+# Chosen by measurement: 43,000 of 308,000 faces, PSNR 31.9 dB on libero_object task 0 (README, "Environments").
+FACES_PER_PIXEL = 0.5
+MIN_FACES = 60
+DECIMATION_AGGRESSIVENESS = 2  # fast_simplification's `agg`: lower is slower and closer to the original
+
+
+def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
+    """Fewer triangles for one mesh, or None where it cannot be reduced.
+
+    MuJoCo stores textured meshes unindexed (three own vertices per face), so coincident vertices are welded first. Quadric
+    decimation only moves positions; each new corner then takes the normal and the texture coordinate of a nearby original
+    corner. Among the candidates the one closest in texture space to the face's own centre wins: a texture is cut into
+    charts, and a face whose corners came from two charts would show a smear.
+
+    Returns: vertices (V, 3), faces (F, 3), corner normals (F, 3, 3), corner texture coordinates (F, 3, 2) or None.
+    """
+    weld, index = np.unique(np.round(vert, 7), axis=0, return_inverse=True)
+    welded = index.reshape(-1)[face]
+    solid = (welded[:, 0] != welded[:, 1]) & (welded[:, 1] != welded[:, 2]) & (welded[:, 0] != welded[:, 2])
+    if solid.sum() <= target:
+        return None
+    new_vert, new_face = fast_simplification.simplify(
+        weld.astype(np.float32), welded[solid].astype(np.int32), target_count=int(target), agg=DECIMATION_AGGRESSIVENESS
+    )[:2]
+    if len(new_face) == 0 or len(new_face) >= len(face) or len(new_vert) > len(vert):
+        return None
+
+    def unit_normals(corners):  # (F, 3, 3) -> (F, 3)
+        n = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        return n / (np.linalg.norm(n, axis=1, keepdims=True) + 1e-12)
+
+    old, new = vert[face[solid]], new_vert[new_face]
+    old_n, new_n = unit_normals(old), unit_normals(new)
+    scale = np.ptp(vert, axis=0).max()
+    # Nearest original face, in position and orientation together (0.1 * scale weighs 60 degrees like a tenth of the size).
+    _, near = cKDTree(np.hstack([old.mean(1), old_n * scale * 0.1])).query(np.hstack([new.mean(1), new_n * scale * 0.1]))
+    corner_pos = old.reshape(-1, 3)
+    dist, candidates = cKDTree(corner_pos).query(new_vert, k=min(24, len(corner_pos)))
+    rows = np.arange(len(new_face))
+    corner_normal = normal[face_normal[solid]].reshape(-1, 3)
+    out_normal = np.empty((len(new_face), 3, 3), np.float32)
+    out_uv = None
+    if uv is not None:
+        corner_uv = uv[face_uv[solid]].reshape(-1, 2)
+        anchor = uv[face_uv[solid]][near].mean(1)
+        out_uv = np.empty((len(new_face), 3, 2), np.float32)
+    for j in range(3):
+        cand, far = candidates[new_face[:, j]], 4.0 * dist[new_face[:, j]] / scale
+        facing = 0.5 * (1.0 - (corner_normal[cand] * new_n[:, None]).sum(2))
+        out_normal[:, j] = corner_normal[cand[rows, (facing + far).argmin(1)]]
+        if uv is not None:
+            jump = np.linalg.norm(corner_uv[cand] - anchor[:, None], axis=2)
+            out_uv[:, j] = corner_uv[cand[rows, (jump + far).argmin(1)]]
+    return new_vert, new_face, out_normal, out_uv
+
+
+def _write_mesh(model, i, vert, face, normal, uv):
+    """Overwrite mesh `i` of a render-only model copy in place with a smaller mesh. Returns False where it does not fit."""
+    n = len(face)
+    corners = np.arange(3 * n, dtype=np.int32).reshape(n, 3)
+    if len(vert) > model.mesh_vertnum[i] or 3 * n > model.mesh_normalnum[i]:
+        return False
+    if uv is not None and 3 * n > model.mesh_texcoordnum[i]:
+        return False
+    va, fa, na, ta = model.mesh_vertadr[i], model.mesh_faceadr[i], model.mesh_normaladr[i], model.mesh_texcoordadr[i]
+    model.mesh_vert[va : va + len(vert)] = vert
+    model.mesh_face[fa : fa + n] = face
+    model.mesh_normal[na : na + 3 * n] = normal.reshape(-1, 3)
+    model.mesh_facenormal[fa : fa + n] = corners
+    if uv is not None:
+        model.mesh_texcoord[ta : ta + 3 * n] = uv.reshape(-1, 2)
+        model.mesh_facetexcoord[fa : fa + n] = corners
+    model.mesh_facenum[i] = n
+    return True
+
+
+def _cache_dir():
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return root / "vla_rl" / "meshes"
+
+
+def _cache_version():
+    """Everything that the simplified meshes depend on besides the mesh itself."""
+    names = ("mujoco", "fast-simplification", "numpy", "scipy")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name}={version(name)}")
+        except PackageNotFoundError:
+            found.append(name)
+    return ";".join(found) + f";{FACES_PER_PIXEL};{MIN_FACES};{DECIMATION_AGGRESSIVENESS}"
+
+
+def _decimate_cached(key, arrays, target):
+    """`_decimate` with a disk cache; an unreadable or unwritable cache only costs the time of computing again."""
+    digest = hashlib.sha256(key.encode())
+    for a in arrays:
+        digest.update(b"-" if a is None else np.ascontiguousarray(a).tobytes())
+    digest.update(str(int(target)).encode())
+    path = _cache_dir() / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            if "face" not in z:
+                return None
+            return z["vert"], z["face"], z["normal"], z["uv"] if "uv" in z else None
+    except (OSError, ValueError, KeyError, EOFError):
+        pass
+    result = _decimate(*arrays, target)
+    fields = {}
+    if result is not None:
+        fields = dict(vert=result[0], face=result[1], normal=result[2])
+        if result[3] is not None:
+            fields["uv"] = result[3]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez(temporary, **fields)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+    return result
+
+
+def light_model(model, data, image_size=256):
+    """A copy of `model` for the renderer, with every mesh reduced to what `image_size` pixels can show.
+
+    A mesh's budget follows from its size on screen: the projected diameter of its bounding sphere at the camera's distance.
+    """
+    light = copy.copy(model)
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
+    focal = 0.5 * image_size / np.tan(0.5 * np.deg2rad(model.cam_fovy[camera]))  # pixels
+    diameter = np.zeros(model.nmesh)
+    for g in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_MESH):
+        if model.geom_group[g] == 1:  # group 1 is what robosuite draws; group 0 is collision geometry
+            distance = np.linalg.norm(data.geom_xpos[g] - data.cam_xpos[camera])
+            i = model.geom_dataid[g]
+            diameter[i] = max(diameter[i], 2.0 * model.geom_rbound[g] * focal / distance)
+    key = _cache_version()
+    for i in range(model.nmesh):
+        if diameter[i] == 0.0:
+            light.mesh_facenum[i] = 0  # never drawn: nothing to upload
+            continue
+        target = max(MIN_FACES, int(FACES_PER_PIXEL * np.pi / 4 * diameter[i] ** 2))
+        if model.mesh_facenum[i] <= target:
+            continue
+        v = slice(model.mesh_vertadr[i], model.mesh_vertadr[i] + model.mesh_vertnum[i])
+        f = slice(model.mesh_faceadr[i], model.mesh_faceadr[i] + model.mesh_facenum[i])
+        n = slice(model.mesh_normaladr[i], model.mesh_normaladr[i] + model.mesh_normalnum[i])
+        textured = model.mesh_texcoordadr[i] >= 0
+        t = slice(model.mesh_texcoordadr[i], model.mesh_texcoordadr[i] + model.mesh_texcoordnum[i])
+        arrays = (
+            model.mesh_vert[v], model.mesh_face[f], model.mesh_normal[n], model.mesh_facenormal[f],
+            model.mesh_texcoord[t] if textured else None, model.mesh_facetexcoord[f] if textured else None,
+        )
+        result = _decimate_cached(key, arrays, target)
+        if result is not None:
+            _write_mesh(light, i, *result)
+    return light
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rendering context
+# --------------------------------------------------------------------------------------------------------------------
+
+EGL_HELP = (
+    "no EGL for off-screen rendering: on Debian or Ubuntu run `apt-get install libegl1 libgl1 libgl1-mesa-dri libgles2` "
+    "(Mesa, software) or install the GPU's driver, then try again"
+)
+_GL = None  # one OpenGL context per process; every TaskSim's MjrContext lives in it
+
+
+def _gl_context():
+    global _GL
+    if _GL is None:
+        try:
+            _GL = mujoco.GLContext(640, 480)
+        except Exception as exc:  # PyOpenGL raises ImportError, AttributeError or its own EGLError, by what is missing
+            raise UserError(f"{EGL_HELP} ({type(exc).__name__})") from exc
+    _GL.make_current()
+    return _GL
+
+
+def check_egl():
+    """Raise UserError, with the Debian packages to install, where off-screen rendering does not work."""
+    _gl_context()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A task and its episodes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TaskSim:
+    """One LIBERO task, compiled: model, goal predicates, render context. Costs 5 to 10 s and about 0.4 GB.
+
+    Args:
+        suite: a LIBERO suite name. task_id: index into it.
+        render: "light" (simplified meshes), "exact" (stock LIBERO's picture), or "none" (no render context at all).
+        resolution: image side in pixels.
+    Raises: UserError for an unknown suite or task id, or where EGL is missing.
+    """
+
+    def __init__(self, suite, task_id, render="light", resolution=256):
+        if render not in ("light", "exact", "none"):
+            raise UserError(f"unknown render mode {render!r}: choose light, exact or none")
+        check_task_ids(suite, [task_id])
+        bench = get_suite(suite)
+        task = bench.get_task(task_id)
+        self.suite, self.task_id, self.render_mode, self.resolution = suite, task_id, render, resolution
+        self.instruction = task.language
+        self.init_states = np.asarray(bench.get_task_init_states(task_id))
+        self.num_init_states = len(self.init_states)
+        if render != "none":
+            _gl_context()
+        bddl = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+        self.env = ControlEnv(bddl_file_name=str(bddl), has_offscreen_renderer=False, use_camera_obs=False)
+        self.env.env.hard_reset = False  # a reset moves objects; it need not compile the same model again
+        self._protocol_reset()
+        self.model = self.env.sim.model._model
+        robot = self.env.env.robots[0]
+        self.site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, robot.controller.eef_name)
+        assert list(robot.controller.qvel_index) == list(range(7)) == list(robot._ref_joint_actuator_indexes)
+        self.finger_qpos = np.array(robot._ref_gripper_joint_pos_indexes)
+        self.finger_ctrl = np.array([self.env.sim.model.actuator_name2id(a) for a in robot.gripper.actuators])
+        low, high = self.model.actuator_ctrlrange[self.finger_ctrl].T
+        self.finger_bias, self.finger_weight = 0.5 * (high + low), 0.5 * (high - low)
+        self.torque_limit = np.array(robot.torque_limits[1])
+        # What every episode starts from: the controller as robosuite leaves it after a reset, and the fixtures as
+        # `seed(0); reset()` places them. Fixtures are not part of a stored initial state: this is LIBERO's seed trap.
+        self.rest_qpos = np.array(robot.controller.initial_joint)
+        c = robot.controller
+        self.initial_goal = (np.array(c.goal_pos), np.array(c.goal_ori))
+        # robosuite computes an episode's first torque (one substep of 2 ms) from the pose of the reset, not from the
+        # initial state set after it. Results equal to the stock environment's need the same stale measurement.
+        self.reset_measurement = tuple(
+            np.ascontiguousarray(x) for x in (c.J_pos, c.J_ori, c.mass_matrix, c.joint_pos, c.joint_vel)
+        ) + tuple(np.array(x) for x in (c.ee_pos_vel, c.ee_ori_vel, c.ee_pos, c.ee_ori_mat))
+        self.reset_warmstart = self.env.sim.data._data.qacc_warmstart.copy()  # the solver's guess after seed(0); reset()
+        self.protocol_bodies = (self.model.body_pos.copy(), self.model.body_quat.copy())
+        self.moved_bodies = np.array(
+            [self.env.sim.model.body_name2id(f.root_body) for f in self.env.env.fixtures], dtype=int
+        )
+        self.objects = dict(self.env.env.obj_body_id)  # name -> body id, fixtures included
+        self._render_setup()
+        nv = self.model.nv
+        self._jacp, self._jacr, self._mass = np.zeros((3, nv)), np.zeros((3, nv)), np.zeros((nv, nv))
+
+    def _protocol_reset(self):
+        """The stock protocol's `seed(0); reset()`, without compiling the model a second time.
+
+        A stock reset makes a new simulation and runs `mj_forward` on it twice (robosuite's `_initialize_sim` and its
+        render context), which leaves the contact solver's warm start. A soft reset clears it, and an object that touches
+        something then settles 1e-7 m elsewhere; so the two passes are repeated here.
+        """
+        sim = self.env.sim
+        soft = sim.reset
+        sim.reset = lambda: (soft(), sim.forward(), sim.forward())
+        saved = np.random.get_state()  # LIBERO draws placements from numpy's global generator
+        self.env.seed(0)
+        self.env.reset()
+        np.random.set_state(saved)
+        del sim.reset
+
+    def _render_setup(self):
+        self._context = None
+        if self.render_mode == "none":
+            return
+        data = self.env.sim.data._data
+        model = light_model(self.model, data, self.resolution) if self.render_mode == "light" else copy.copy(self.model)
+        model.vis.global_.offwidth = model.vis.global_.offheight = self.resolution
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        self._scene = mujoco.MjvScene(self.model, maxgeom=1000)
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[0] = 0  # collision geometry stays invisible, as in robosuite
+        self._options.geomgroup[1] = 1
+        self._perturb = mujoco.MjvPerturb()
+        self._viewport = mujoco.MjrRect(0, 0, self.resolution, self.resolution)
+        self._pixels = np.empty((self.resolution, self.resolution, 3), np.uint8)
+
+    def episode(self):
+        """A new `Episode` of this task. Call its `reset` first."""
+        return Episode(self)
+
+    def close(self):
+        """Free the render context and LIBERO's environment. The process's OpenGL context stays."""
+        if self._context is not None:
+            self._context.free()
+            self._context = None
+        if self.env is not None:
+            self.env.close()
+            self.env = None
+
+
+class Episode:
+    """One running episode: own `MjData`, controller goal and gripper on a shared `TaskSim`."""
+
+    def __init__(self, sim):
+        self.sim = sim
+        self.data = mujoco.MjData(sim.model)
+        self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
+        self.gripper = np.zeros(2)  # normalised finger targets, ramped by GRIPPER_SPEED per substep
+        self.first = True  # the next substep is the episode's first
+        self.body_pos, self.body_quat = (b[sim.moved_bodies] for b in sim.protocol_bodies)
+
+    def _activate(self):
+        """Make this episode the one that LIBERO's predicates and the shared model see."""
+        sim = self.sim
+        sim.env.sim.data._data = self.data
+        if len(sim.moved_bodies):  # fixtures live in the model, not in the state
+            sim.model.body_pos[sim.moved_bodies] = self.body_pos
+            sim.model.body_quat[sim.moved_bodies] = self.body_quat
+
+    def reset(self, init_state=None, rng=None):
+        """Start again: LIBERO's initial state `init_state` (0 to 49), or a random placement, then 10 settling steps.
+
+        A random placement is LIBERO's own: what `env.reset()` draws, from a seed that `rng` (numpy Generator) gives.
+        """
+        sim, m, d = self.sim, self.sim.model, self.data
+        self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
+        self.gripper[:] = 0.0
+        self.first = True
+        if init_state is None:
+            if rng is None:
+                raise ValueError("a random placement needs an rng")
+            sim.env.sim.data._data = d
+            saved = np.random.get_state()
+            sim.env.seed(int(rng.integers(2**31)))
+            sim.env.reset()
+            np.random.set_state(saved)
+            self.body_pos, self.body_quat = m.body_pos[sim.moved_bodies], m.body_quat[sim.moved_bodies]
+        else:
+            if not 0 <= init_state < sim.num_init_states:
+                raise UserError(
+                    f"initial state {init_state} of {sim.suite} task {sim.task_id}: valid are 0 to {sim.num_init_states - 1}"
+                )
+            self.body_pos, self.body_quat = (b[sim.moved_bodies] for b in sim.protocol_bodies)
+            self._activate()
+            mujoco.mj_resetData(m, d)
+            state = sim.init_states[init_state]
+            d.time = state[0]
+            d.qpos[:] = state[1 : 1 + m.nq]
+            d.qvel[:] = state[1 + m.nq : 1 + m.nq + m.nv]
+            d.qacc_warmstart[:] = sim.reset_warmstart
+        mujoco.mj_forward(m, d)
+        for _ in range(SETTLE_STEPS):
+            self.step(NO_OP)
+
+    def step(self, action):
+        """One control step (0.05 s). action (7,) in policy convention, clipped to [-1, 1]; returns success (bool)."""
+        sim, m, d = self.sim, self.sim.model, self.data
+        self._activate()
+        delta = np.clip(action[:6], -1.0, 1.0) * OUTPUT_MAX
+        # OpenVLA's gripper is 0 = close, 1 = open; LIBERO's is +1 = close, -1 = open (binarised, then the sign flipped).
+        closing = 1.0 if action[6] < 0.5 else -1.0
+        step_gripper = np.array([-GRIPPER_SPEED, GRIPPER_SPEED]) * closing
+        live_pos, live_mat = d.site_xpos[sim.site], d.site_xmat[sim.site].reshape(3, 3)
+        for k in range(SUBSTEPS):
+            mujoco.mj_step1(m, d)
+            if self.first:
+                *measured, ee_pos, ee_mat = sim.reset_measurement
+                self.first = False
+            else:
+                mujoco.mj_jacSite(m, d, sim._jacp, sim._jacr, sim.site)
+                mujoco.mj_fullM(m, sim._mass, d.qM)
+                measured = _measure(sim._jacp, sim._jacr, sim._mass, d.qpos, d.qvel)
+                ee_pos, ee_mat = live_pos, live_mat
+            j_pos, j_ori, mass, joint_pos, joint_vel, ee_vel, ee_angvel = measured
+            if k == 0:  # a new goal, relative to where the gripper is now
+                if np.any(np.abs(delta[3:]) > 0.0):  # a zero rotation keeps the old goal: robosuite's rule
+                    self.goal_ori = set_goal_orientation(delta[3:], ee_mat)
+                self.goal_pos = ee_pos + delta[:3]
+            d.ctrl[:7] = _osc_torques(
+                j_pos, j_ori, mass, joint_pos, joint_vel, ee_pos, ee_mat, ee_vel, ee_angvel,
+                self.goal_pos, self.goal_ori, sim.rest_qpos, d.qfrc_bias[:7], sim.torque_limit,
+            )
+            np.clip(self.gripper + step_gripper, -1.0, 1.0, out=self.gripper)
+            d.ctrl[sim.finger_ctrl] = sim.finger_bias + sim.finger_weight * self.gripper
+            mujoco.mj_step2(m, d)
+        return bool(sim.env.check_success())
+
+    def render(self):
+        """The agentview image, (resolution, resolution, 3) uint8, rotated by 180 degrees (upright, as OpenVLA expects)."""
+        sim = self.sim
+        if sim._context is None:
+            raise ValueError("this TaskSim was built with render='none'")
+        self._activate()
+        if sim.env.env.tracking_object_states_change:
+            sim.env.env._post_process()  # e.g. a stove's flame, which is a site that switches on and off
+        _GL.make_current()  # somebody else's context may be current, e.g. a stock environment in the same process
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, sim._context)
+        mujoco.mjv_updateScene(
+            sim.model, self.data, sim._options, sim._perturb, sim._camera, mujoco.mjtCatBit.mjCAT_ALL, sim._scene
+        )
+        mujoco.mjr_render(sim._viewport, sim._scene, sim._context)
+        mujoco.mjr_readPixels(sim._pixels, None, sim._viewport, sim._context)
+        # OpenGL's rows run bottom-up; LIBERO keeps that ("upside down"), and OpenVLA rotates by 180 degrees.
+        return sim._pixels[::-1, ::-1].copy()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def get_state(self):
+        """Everything that the future depends on, one float64 vector: MuJoCo integration state, controller, fixtures."""
+        state = np.empty(mujoco.mj_stateSize(self.sim.model, _FULL_STATE))
+        mujoco.mj_getState(self.sim.model, self.data, state, _FULL_STATE)
+        parts = (state, self.goal_pos, self.goal_ori, self.gripper, self.first, self.body_pos, self.body_quat)
+        return np.concatenate([np.ravel(p) for p in parts])
+
+    def set_state(self, state):
+        """Inverse of `get_state`; derived quantities are recomputed. Raises ValueError for another model's state."""
+        n, f = mujoco.mj_stateSize(self.sim.model, _FULL_STATE), len(self.sim.moved_bodies)
+        sizes = np.cumsum([n, 3, 9, 2, 1, 3 * f, 4 * f])
+        if len(state) != sizes[-1]:
+            raise ValueError(f"state of {len(state)} numbers where this task has {sizes[-1]}")
+        full, self.goal_pos, ori, self.gripper, first, pos, quat = (p.copy() for p in np.split(state, sizes[:-1]))
+        self.first = bool(first[0])
+        self.goal_ori, self.body_pos, self.body_quat = ori.reshape(3, 3), pos.reshape(f, 3), quat.reshape(f, 4)
+        self._activate()
+        mujoco.mj_setState(self.sim.model, self.data, full, _FULL_STATE)
+        # mj_forward would overwrite the solver's warm start, which is part of the state: restore it afterwards.
+        warm = self.data.qacc_warmstart.copy()
+        mujoco.mj_forward(self.sim.model, self.data)
+        self.data.qacc_warmstart[:] = warm
+
+    def privileged(self):
+        """What the simulator knows and the policy does not: for scripted experts, labels and progress measures.
+
+        Returns a dict: eef_pos (3,) m; eef_mat (3, 3); eef_vel (3,) m/s; gripper_qpos (2,) m; joint_pos (7,) rad;
+        objects: name -> (pos (3,), quat (4,) wxyz).
+        """
+        sim, m, d = self.sim, self.sim.model, self.data
+        mujoco.mj_jacSite(m, d, sim._jacp, sim._jacr, sim.site)
+        return dict(
+            eef_pos=d.site_xpos[sim.site].copy(), eef_mat=d.site_xmat[sim.site].reshape(3, 3).copy(),
+            eef_vel=sim._jacp @ d.qvel, gripper_qpos=d.qpos[sim.finger_qpos].copy(), joint_pos=d.qpos[:7].copy(),
+            objects={name: (d.xpos[b].copy(), d.xquat[b].copy()) for name, b in sim.objects.items()},
+        )

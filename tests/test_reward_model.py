@@ -1,0 +1,397 @@
+"""RPRM: labels on trajectories whose keyframes are known, metrics against brute force, training on the real tiny model."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reward_model as rm
+from common import UserError
+from policy import build_tiny
+
+FINE = 200  # Hz of the simulated hand
+STROKE = 0.08
+
+
+def pick_and_place(hz, noise=0.0, gripper_noise=0.0, held=0.045, seed=0):
+    """A hand that reaches (stops at 2.0 s), closes, carries (stops at 4.8 s), opens, and leaves: (actions, ee_pos, gripper).
+
+    The fingers move at 0.15 m/s, so with `held` = 45 mm they stop 0.23 s after each command.
+    """
+    rng = np.random.default_rng(seed)
+    phases = [(0.4, 0, False), (1.6, 0.25, False), (0.8, 0, True), (2.0, 0.25, True), (0.6, 0, False), (0.8, 0.2, False)]
+    position, opening, path, openings, commands = np.zeros(3), STROKE, [], [], []
+    for seconds, speed, closed in phases:
+        for phase in (np.arange(int(seconds * FINE)) + 0.5) / int(seconds * FINE):
+            path.append(position.copy())
+            openings.append(opening)
+            commands.append(1.0 if closed else -1.0)
+            position = position + speed * np.sin(np.pi * phase) * np.array([0.8, 0.6, 0.0]) / FINE
+            opening += np.clip((held if closed else STROKE) - opening, -0.15 / FINE, 0.15 / FINE)
+    path, openings, commands = (np.array(x)[:: FINE // hz] for x in (path, openings, commands))
+    path = path + noise * rng.normal(size=path.shape)
+    openings = openings + gripper_noise * rng.normal(size=len(openings))
+    actions = np.zeros((len(path), 7))
+    actions[:, 6] = commands
+    return actions, path, np.stack([openings / 2, -openings / 2], axis=1)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hz", [20, 5])
+@pytest.mark.parametrize("noise", [0.0, 0.0003])
+def test_keyframes_where_the_hand_stops(hz, noise):
+    result = rm.label_trajectory(*pick_and_place(hz, noise, gripper_noise=0.5 * noise), action_repeat=20 // hz)
+    assert result.problems == [] and result.usable
+    np.testing.assert_allclose(np.array(result.milestones) / hz, [2.23, 5.03], atol=0.2)
+    # Arrival and finished grasp, arrival and finished release. The rest at the start is no keyframe.
+    np.testing.assert_allclose(np.array(result.keyframes) / hz, [2.0, 2.25, 4.8, 5.05], atol=0.25 if hz == 5 else 0.12)
+
+
+@pytest.mark.parametrize("action_repeat", [1, 4])
+def test_window_is_in_seconds(action_repeat):
+    hz = 20 // action_repeat
+    rule = rm.LabelRule(window=0.8, margin=0.4)
+    result = rm.label_trajectory(*pick_and_place(hz), action_repeat=action_repeat, rule=rule)
+    first, rows = result.keyframes[0], round(0.8 * hz)
+    assert (result.labels[first + 1 - rows : first + 1] == rm.POSITIVE).all()  # the keyframe's own row is the window's last
+    assert result.labels[first - rows] == rm.NEGATIVE
+    last = result.keyframes[-1]
+    ignored = np.flatnonzero(result.labels[last + 1 :] == rm.IGNORED)
+    np.testing.assert_array_equal(ignored, np.arange(round(0.4 * hz)))  # the margin behind it
+    assert set(np.unique(result.labels)) == {rm.POSITIVE, rm.NEGATIVE, rm.IGNORED}
+
+
+def test_window_is_never_empty():
+    result = rm.label_trajectory(*pick_and_place(5), action_repeat=4, rule=rm.LabelRule(window=0.0, margin=0.0))
+    assert np.flatnonzero(result.labels == rm.POSITIVE).tolist() == result.keyframes
+
+
+@pytest.mark.parametrize("held", [0.0, 0.045, 0.065])
+def test_hysteresis_beats_a_bare_threshold(held):
+    """Noise at the level of a threshold crosses it many times; hysteresis counts two turns, for narrow and wide objects."""
+    _, _, gripper = pick_and_place(20, gripper_noise=0.001, held=held)
+    openness = gripper[:, 0] - gripper[:, 1]
+    assert len(rm.find_milestones(openness, 0.01, 0.0015)) == 2
+    closed = openness < held + 0.0005  # a threshold inside the noise of the held object
+    assert np.abs(np.diff(closed.astype(int))).sum() > 2
+
+
+def test_opening_at_the_start_is_no_milestone():
+    openness = np.concatenate([np.linspace(0.04, 0.08, 10), np.full(20, 0.08)])  # LIBERO resets with the gripper half open
+    assert rm.find_milestones(openness, 0.01, 0.0015) == []
+
+
+def test_gripper_command_stands_in():
+    actions, path, gripper = pick_and_place(20)
+    for missing in (None, np.full_like(gripper, np.nan), gripper[:-1]):
+        result = rm.label_trajectory(actions, path, missing)
+        assert result.problems == ["gripper_from_command"] and result.usable and len(result.milestones) == 2
+    np.testing.assert_allclose(result.openness[[0, 50]], [STROKE, 0.0])  # -1 open, +1 close
+
+
+def test_bad_trajectories_are_counted_not_dropped():
+    actions, path, gripper = pick_and_place(20)
+    still, open_hand = np.zeros_like(path), np.tile(gripper[:1], (len(path), 1))
+    hole = path.copy()
+    hole[7, 1] = np.nan
+    steady = np.linspace(0, 1, len(path))[:, None] * np.ones(3)  # constant speed: never near zero
+    cases = [
+        ((actions, path, gripper), []),
+        ((actions[:1], path[:1], gripper[:1]), ["too_short"]),
+        ((actions[:0], path[:0], gripper[:0]), ["too_short"]),
+        ((actions, hole, gripper), ["not_finite"]),
+        ((np.where(np.arange(7) == 2, np.inf, actions), path, gripper), ["not_finite"]),
+        ((actions, still, gripper), ["no_keyframe"]),
+        ((actions, steady, gripper), ["no_keyframe"]),
+        ((actions, path, open_hand), ["no_gripper_change"]),
+    ]
+    summary = rm.LabelSummary()
+    for arguments, problems in cases:
+        result = rm.label_trajectory(*arguments)
+        assert result.problems == problems
+        assert result.usable == (problems in ([], ["no_gripper_change"]))
+        assert len(result.labels) == len(arguments[0])
+        summary.add(result)
+    text = str(summary)
+    assert "\n" not in text and text.startswith("2 of 8 trajectories used")
+    for part in ("too_short 2", "not_finite 2", "no_keyframe 2", "no_gripper_change 1"):
+        assert part in text
+
+
+def test_failed_trajectory_gives_hard_negatives():
+    """No positives; windows of the last segment turn negative, those of completed segments lose their label."""
+    arguments = pick_and_place(20)
+    won, lost = rm.label_trajectory(*arguments), rm.label_trajectory(*arguments, success=False)
+    last = won.milestones[-1]
+    positive = won.labels == rm.POSITIVE
+    assert lost.usable and not (lost.labels == rm.POSITIVE).any()
+    assert positive[:last].any() and (lost.labels[:last][positive[:last]] == rm.IGNORED).all()
+    assert positive[last:].any() and (lost.labels[last:][positive[last:]] == rm.NEGATIVE).all()
+    np.testing.assert_array_equal(lost.labels[~positive], won.labels[~positive])
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_auroc_and_average_precision_against_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = rng.integers(0, 8, 40) / 8, rng.random(40) < 0.4  # many ties
+        pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels] for n in scores[~labels]]
+        assert rm.auroc(scores, labels) == pytest.approx(np.mean(pairs))
+        recall, expected = 0.0, 0.0
+        for threshold in sorted(set(scores), reverse=True):
+            chosen = scores >= threshold
+            now = (labels & chosen).sum() / labels.sum()
+            expected += (now - recall) * (labels & chosen).sum() / chosen.sum()
+            recall = now
+        assert rm.average_precision(scores, labels) == pytest.approx(expected)
+    assert np.isnan(rm.auroc([0.1, 0.2], [1, 1])) and np.isnan(rm.average_precision([0.1], [0]))
+
+
+def test_calibration():
+    rng = np.random.default_rng(0)
+    scores = rng.random(200_000)
+    labels = rng.random(200_000) < scores  # calibrated by construction, and balanced
+    good = rm.calibration(scores, labels)
+    assert good["ece"] < 0.01 and good["brier"] == pytest.approx(1 / 6, abs=0.01)
+    assert rm.calibration(np.full(10, 0.9), np.arange(10) < 3)["ece"] == pytest.approx(0.4)  # balanced share 0.5
+    assert rm.calibration(np.array([1.0, 0.0, 0.0]), np.array([1, 0, 0])) == {"ece": 0.0, "brier": 0.0}
+    assert np.isnan(rm.calibration(np.ones(3), np.ones(3))["ece"])
+
+
+def test_spearman_of_a_constant_is_nan():
+    assert np.isnan(rm.spearman([1, 1, 1], [1, 2, 3]))
+    assert rm.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1.0)
+
+
+# ---- shaping ---------------------------------------------------------------------------------------------------------
+
+
+def test_potential_telescopes():
+    """Discounted, the shaping of an episode that terminates sums to -weight * phi(s_0); one that is cut keeps its last phi."""
+    rng, gamma, weight = np.random.default_rng(0), 0.9, 0.5
+    phi = rng.random(8)
+    for terminated_at_end in (True, False):
+        terminated = np.zeros(7, bool)
+        terminated[-1] = terminated_at_end
+        rewards = rm.shaping_reward(phi[:-1], phi[1:], "potential", weight, gamma, terminated)
+        expected = weight * ((not terminated_at_end) * gamma**7 * phi[-1] - phi[0])
+        assert (gamma ** np.arange(7) * rewards).sum() == pytest.approx(expected)
+
+
+def test_shaping_modes():
+    scores, following = torch.tensor([[0.2, 0.9]]), torch.tensor([[0.5, 0.7]])
+    done = torch.tensor([[False, True]])
+    assert rm.shaping_reward(scores, following, "none", 0.3, 0.99, done).tolist() == [[0, 0]]
+    torch.testing.assert_close(rm.shaping_reward(scores, following, "sum", 0.3, 0.99, done), 0.3 * scores)
+    out = rm.shaping_reward(scores, following, "potential", 1.0, 0.9, done)
+    torch.testing.assert_close(out, torch.tensor([[0.9 * 0.5 - 0.2, -0.9]]))
+    assert out.dtype == torch.float32
+    with pytest.raises(ValueError, match="none, sum, potential"):
+        rm.shaping_reward(scores, following, "product", 1.0, 0.9, done)
+
+
+def test_loitering_pays_with_sum_only():
+    """The arithmetic of the loitering test on a made-up agent: hovering at score 0.9 against finishing at once."""
+    finishes = {"success": True, "scores": [0.5, 0.9], "state_scores": [0.5, 0.9, 0.0]}
+    hovers = {"success": False, "scores": [0.5] + [0.9] * 60, "state_scores": [0.5] + [0.9] * 61}
+    returns = {m: [rm.shaped_return(run, m, 0.1, 0.99) for run in (finishes, hovers)] for m in rm.MODES}
+    assert returns["none"] == pytest.approx([0.99, 0.0])
+    assert returns["sum"][1] > returns["sum"][0]
+    assert returns["potential"][0] > returns["potential"][1]
+    assert returns["potential"][0] == pytest.approx(0.99 - 0.1 * 0.5)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+WORDS = ["pick", "up", "the", "red", "green", "block", "and", "place", "it", "in", "basket"]
+STATS = {"toy": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    model = build_tiny(0, WORDS, image_size=56, patch_size=14, vision_width=32, vision_blocks=2, vision_heads=2, width=64, layers=2,
+                       heads=2, mlp=128)
+    model.norm_stats = STATS
+    return model
+
+
+@pytest.fixture(scope="module")
+def examples(tiny):
+    """A separable set: positive where the image is bright AND the hand goes up, so both image and action matter."""
+    rng = np.random.default_rng(0)
+    n = 240
+    bright, up = rng.random(n) < 0.7, rng.random(n) < 0.7
+    frames = rng.integers(0, 60, (n, 64, 64, 3)) + 180 * bright[:, None, None, None]
+    actions = rng.uniform(-0.2, 0.2, (n, 7))
+    actions[:, 2] = np.where(up, 0.8, -0.8)
+    return rm.Examples(
+        [f"pick up the {'red' if i % 2 else 'green'} block" for i in range(n)],
+        rm.embed_frames(tiny, frames.astype(np.uint8)).half(),
+        torch.from_numpy(tiny.encode_actions(actions, "toy")),
+        torch.from_numpy(bright & up).float(),
+        torch.arange(n) // 10,
+    )
+
+
+def copy_of(model):
+    import copy
+
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("whole_vocabulary", [False, True])
+def test_training_raises_auroc(tiny, examples, whole_vocabulary):
+    model = copy_of(tiny)
+    held_out = rm.split(examples, 0.25, seed=0)
+    best, history = rm.fit(
+        model, examples.select(~held_out), examples.select(held_out), epochs=14, batch_size=32, lr=5e-3, patience=14,
+        action_dropout=0.2, whole_vocabulary=whole_vocabulary, seed=0,
+    )
+    assert best["auroc"] > 0.9 and best["auroc"] > history[0]["auroc"] + 0.1
+    assert best["nll"] == min(entry["nll"] for entry in history)  # early stop keeps the best weights ...
+    assert rm.measure(model, examples.select(held_out))["nll"] == pytest.approx(best["nll"], abs=1e-5)  # ... in the model
+    assert best["auroc_state_only"] > 0.6  # bright images are likelier to be positive, whatever the action
+    assert rm.RewardModel(model, {}).shares_vision(tiny)  # the vision side is untouched
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, tiny.state_dict()[k])]
+    assert changed and all(k.startswith("language_model.") for k in changed)
+
+
+def test_split_keeps_trajectories_whole(examples):
+    held_out = rm.split(examples, 0.25, seed=0)
+    inside, outside = set(examples.trajectory[held_out].tolist()), set(examples.trajectory[~held_out].tolist())
+    assert not inside & outside and len(inside) == 6
+    with pytest.raises(UserError, match="too few"):
+        rm.split(examples.select(examples.trajectory == 0), 0.25, seed=0)
+
+
+def test_score_of_a_batch_equals_single_scores(tiny, examples):
+    reward_model = rm.RewardModel(copy_of(tiny), {})
+    # spread the scores: random verdict rows give 0.5 +- nothing
+    reward_model.model.language_model.lm_head.weight[reward_model.token_ids].mul_(50)
+    texts = ["pick up the red block", "place it in the basket and pick up the green block"] * 3
+    ids, mask = tiny.tokenize(texts)
+    rows = examples.select(torch.arange(6))
+    embeddings, tokens = rows.patch_embeddings.float(), rows.action_tokens
+    for action_tokens in (tokens, None):
+        together = reward_model.score(ids, mask, action_tokens, patch_embeddings=embeddings)
+        assert together.shape == (6,) and ((0 <= together) & (together <= 1)).all() and together.std() > 1e-3
+        assert not together.requires_grad
+        for i in range(6):
+            one_ids, one_mask = tiny.tokenize([texts[i]])
+            alone = reward_model.score(
+                one_ids, one_mask, None if action_tokens is None else tokens[i : i + 1], patch_embeddings=embeddings[i : i + 1]
+            )
+            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_score_from_pixels_equals_score_from_embeddings(tiny, examples):
+    reward_model = rm.RewardModel(copy_of(tiny), {})
+    frames = np.random.default_rng(1).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    pixels = tiny.preprocess(frames)
+    ids, mask = tiny.tokenize(["pick up the red block"] * 2)
+    tokens = examples.action_tokens[:2]
+    a = reward_model.score(ids, mask, tokens, pixel_values=pixels)
+    b = reward_model.score(ids, mask, tokens, patch_embeddings=tiny.embed_images(pixels))
+    torch.testing.assert_close(a, b)
+
+
+# ---- files and command line ------------------------------------------------------------------------------------------
+
+
+def write_demos(path, count, hz=5, broken=(), size=64):
+    """Demonstrations in LIBERO's layout: frames whose brightness follows the speed, stored upside down."""
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the red block"})
+        if hz != 20:
+            data.attrs["action_repeat"] = 20 // hz
+        for i in range(count):
+            actions, ee_pos, gripper = pick_and_place(hz, noise=0.0002, seed=i)
+            moving = np.append(np.linalg.norm(np.diff(ee_pos, axis=0), axis=1), 0) * hz
+            frames = np.zeros((len(actions), size, size, 3), np.uint8)
+            frames[:, size // 2 :] = (40 + 800 * moving).clip(0, 255).astype(np.uint8)[:, None, None, None]
+            if i in broken:
+                ee_pos[3] = np.nan
+            demo = data.create_group(f"demo_{i}")
+            demo["actions"] = actions
+            demo["obs/ee_pos"], demo["obs/gripper_states"], demo["obs/agentview_rgb"] = ee_pos, gripper, frames
+
+
+def test_reader_turns_images_upright(tmp_path):
+    write_demos(tmp_path / "toy_demo.hdf5", 12, hz=20)
+    trajectories = list(rm.read_trajectories(tmp_path))
+    assert len(trajectories) == 12 and trajectories[0]["action_repeat"] == 1
+    assert [t["name"].split("_")[-1] for t in trajectories] == [str(i) for i in range(12)]  # 2 before 10
+    assert trajectories[0]["frames"][30, :32].mean() > 40 > trajectories[0]["frames"][30, 32:].mean() == 0
+    assert trajectories[0]["instruction"] == "pick up the red block"
+
+
+def test_label_command_plots(tmp_path, capsys):
+    write_demos(tmp_path / "toy_demo.hdf5", 3, broken=[1])
+    rm.main(["label", "--demos", str(tmp_path), "--plot", str(tmp_path / "plots")])
+    assert "2 of 3 trajectories used" in capsys.readouterr().out
+    files = sorted((tmp_path / "plots").iterdir())
+    assert len(files) == 3  # the broken one too: it is what a person wants to look at
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+            assert image.format == "PNG" and image.width > 800 and np.ptp(np.asarray(image.convert("L"))) > 100
+
+
+def test_plot_of_one_step(tmp_path):
+    result = rm.label_trajectory(np.zeros((1, 7)), np.zeros((1, 3)))
+    rm.plot_trajectory(tmp_path / "one.png", np.zeros((1, 8, 8, 3), np.uint8), result, "one step")
+    with Image.open(tmp_path / "one.png") as image:
+        image.verify()
+
+
+def test_train_and_score_commands(tiny, tmp_path, capsys):
+    """Labels -> training -> saved model -> scores, through the command line and the files."""
+    copy_of(tiny).save_pretrained(tmp_path / "sft")
+    write_demos(tmp_path / "toy_demo.hdf5", 8, broken=[2])
+    demos, out = ["--demos", str(tmp_path / "toy_demo.hdf5")], tmp_path / "rprm"
+    rm.main(["train", *demos, "--suite", "toy", "--policy", str(tmp_path / "sft"), "--out", str(out), "--epochs", "4", "--lr",
+             "2e-3", "--batch-size", "16", "--failures", str(tmp_path / "toy_demo.hdf5"), "--limit", "4"])
+    printed = capsys.readouterr().out
+    assert "6 of 8 trajectories used" in printed and "AUROC" in printed
+    info = json.loads((out / "rprm.json").read_text())
+    assert info["label_rule"]["window"] == 0.6 and 0 <= info["held_out"]["auroc"] <= 1 and info["train_rows"] > 0
+    reward_model = rm.RewardModel.from_pretrained(out)
+    assert reward_model.info == info and reward_model.shares_vision(tiny)
+    assert not any(p.requires_grad for p in reward_model.model.parameters())
+
+    rm.main(["score", *demos, "--suite", "toy", "--rprm", str(out), "--json", str(tmp_path / "s.json"), "--limit", "1",
+             "--plot", str(tmp_path / "plots")])
+    (record,) = json.loads((tmp_path / "s.json").read_text())
+    assert len(record["scores"]) == len(record["labels"]) and all(0 <= s <= 1 for s in record["scores"])
+    assert len(list((tmp_path / "plots").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["label", "--demos", "nowhere"], "no demonstrations at nowhere"),
+        (["label", "--demos", "cut.hdf5"], "cut.hdf5"),
+        (["score", "--demos", "toy.hdf5"], "one of --rprm and --vlm"),
+        (["score", "--demos", "toy.hdf5", "--rprm", "nowhere"], "rprm.json"),
+        (["train", "--demos", "toy.hdf5", "--policy", "./nowhere"], "nowhere"),
+        (["label", "--demos", "toy.hdf5", "--window", "-1"], "--window"),
+        (["evaluate", "--suite", "libero_moon"], "libero_moon"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_demos(tmp_path / "toy.hdf5", 1)
+    (tmp_path / "cut.hdf5").write_bytes((tmp_path / "toy.hdf5").read_bytes()[:3000])
+    with pytest.raises(SystemExit) as stop:
+        rm.main(arguments)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code != 0 and expected in error and error.startswith("error:") and "\n" not in error
