@@ -4,11 +4,11 @@ Four ideas, each small:
 
 1. Flags. A script declares one dataclass; `parse_args` turns it into a command line. The dataclass is the only list of
    settings, so `--help`, the defaults and the type checks cannot drift apart.
-2. Errors. Anything a user can cause (a flag, a file, a missing library) raises `UserError` and ends as one line on stderr.
-   Anything else is a bug and keeps its traceback: hiding it would only make it harder to report.
+2. Errors. Anything a user can cause (a flag, a file, a missing library) raises `UserError` and ends as one line on
+   stderr. Anything else is a bug and keeps its traceback: hiding it would only make it harder to report.
 3. Files. `atomic_write` gives readers the old file or the new one, never half of either.
-4. Quiet. `silence_third_party` stops the simulator's start-up and exit noise where it is made, not by redirecting stderr:
-   a redirection would swallow real errors too.
+4. Quiet. `silence_third_party` stops the simulator's start-up and exit noise where it is made, not by redirecting
+   stderr: a redirection would swallow real errors too.
 
 This module imports nothing but the standard library at the top, so that `--help` answers at once.
 """
@@ -73,8 +73,8 @@ def main_guard(main):
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:
-            # `python eval.py … | head`: the reader has what it wanted. Python flushes stdout once more at exit; give that
-            # flush somewhere to go, or it prints a second error.
+            # `python eval.py … | head`: the reader has what it wanted. Python flushes stdout once more at exit; give
+            # that flush somewhere to go, or it prints a second error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as exc:
@@ -191,8 +191,8 @@ def parse_args(args_class, description, argv=None):
 
     Every field becomes one `--kebab-case` flag. Supported types: int, float, str, Path, bool (`--flag` / `--no-flag`),
     `X | None`, `list[int]` or `list[float]` (comma-separated: `--task-ids 0,1`), `Literal["a", "b"]`.
-    Metadata of a field: "help" (required), "choices", "min" and "max" (numbers, or each number of a list), "default" (text
-    that `--help` shows instead of the value, for a None that is resolved later).
+    Metadata of a field: "help" (required), "choices", "min" and "max" (numbers, or each number of a list), "default"
+    (text that `--help` shows instead of the value, for a None that is resolved later).
 
     Returns an instance of `args_class`. Wrong input prints one line on stderr and exits with 2.
     """
@@ -223,8 +223,8 @@ def parse_command(commands, description, argv=None):
 def atomic_write(path, data):
     """Write `data` (bytes, or str as UTF-8) so that `path` holds either its old content or all of the new one.
 
-    The content goes to a temporary file in the same directory (a rename is atomic only within a file system), is synced to
-    the disk, and then takes the name. A full disk or a kill in between leaves the old file as it was.
+    The content goes to a temporary file in the same directory (a rename is atomic only within a file system), is
+    synced to the disk, and then takes the name. A full disk or a kill in between leaves the old file as it was.
     Raises UserError when the file cannot be written.
     """
     path = Path(path)
@@ -253,7 +253,7 @@ def atomic_write(path, data):
 
 
 def sync_directory(directory):
-    """Make a rename inside `directory` survive a power cut: the name lives in the directory, which has its own blocks."""
+    """Make a rename inside `directory` survive a power cut: the name is stored in the directory, not in the file."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -281,8 +281,8 @@ def safe_name(text, limit=100):
 def wilson_interval(successes, n, z=1.96):
     """Wilson score interval of a success rate: (low, high), both in [0, 1]. With n = 0 nothing is known: (0, 1).
 
-    Preferred over the textbook p ± z sqrt(p (1 - p) / n) because it stays inside [0, 1] and does not collapse to a point at
-    0 or n successes, which is where robot evaluations often are.
+    Preferred over the textbook p ± z sqrt(p (1 - p) / n) because it stays inside [0, 1] and does not collapse to a
+    point at 0 or n successes, which is where robot evaluations often are.
     """
     if n == 0:
         return 0.0, 1.0
@@ -298,7 +298,7 @@ def wilson_interval(successes, n, z=1.96):
 
 
 def seed_everything(seed):
-    """Seed the global generators of Python, NumPy and torch. Code here prefers generators that are passed explicitly."""
+    """Seed the global generators of Python, NumPy and torch. Code here prefers generators that are passed in."""
     import numpy as np
     import torch
 
@@ -311,8 +311,8 @@ def seed_everything(seed):
 # System libraries and a quiet terminal
 # --------------------------------------------------------------------------------------------------------------------
 
-# The wheels bring everything but these: EGL and OpenGL (Mesa's software renderer will do) and what OpenCV, which robosuite
-# imports, links to. Names of Debian 12; Ubuntu has the same.
+# The wheels bring everything but these: EGL and OpenGL (Mesa's software renderer will do) and what OpenCV, which
+# robosuite imports, links to. Names of Debian 12; Ubuntu has the same.
 SYSTEM_LIBRARIES = ("libEGL.so.1", "libGL.so.1", "libOpenGL.so.0", "libgthread-2.0.so.0")
 DEBIAN_PACKAGES = "libegl1 libgl1 libopengl0 libgl1-mesa-dri libglib2.0-0"
 
@@ -353,9 +353,10 @@ def silence_third_party():
     # Source 2, libero/benchmark: prints the order of its tasks each time that a suite is made. Its warnings stay.
     benchmark.print = _print_unless_info
 
-    # Source 3, rendering contexts: an atexit hook terminates the EGL display, and afterwards `__del__` of every context that
-    # is still alive calls EGL on it and prints a traceback. The display takes its contexts with it, so at exit there is
-    # nothing left to free. MuJoCo's own context class, which robosuite's is a copy of, does the same.
+    # Source 3, rendering contexts: an atexit hook terminates the EGL display, and afterwards `__del__` of every
+    # context that is still alive calls EGL on it and prints a traceback. The display takes its contexts with it, so
+    # at exit there is nothing left to free. MuJoCo's own context class, which robosuite's is a copy of, does the
+    # same.
     contexts = [binding_utils.MjRenderContext, binding_utils.GLContext]
     if "mujoco.egl" in sys.modules:
         contexts.append(sys.modules["mujoco.egl"].GLContext)
@@ -388,10 +389,10 @@ def _not_at_exit(method):
     return guarded
 
 
-@functools.lru_cache(maxsize=None)  # the text holds the simulated time; keep what comes before it and say each kind once
+@functools.cache
 def _say_once(text):
     print(f"mujoco: {text}", file=sys.stderr)
 
 
 def _mujoco_warning(message):
-    _say_once(message.split(". Time")[0])
+    _say_once(message.split(". Time")[0])  # without the simulated time, which would make each message a new one

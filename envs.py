@@ -1,27 +1,25 @@
 """LIBERO behind a Gymnasium vector environment: many episodes, a few worker processes, no copying of images.
 
-    main process                                    worker w  (one per core)
-    ------------                                    ------------------------
+    main process                                    worker w (one per core)
+    ------------                                    -----------------------
     LiberoVecEnv.step(actions)                      a pool of compiled tasks (TaskSim), built once, shared by its slots
       writes actions and next assignments  -------> for each of its slots: a few control steps, one picture
       waits for one tiny message           <------- writes picture, reward, flags where the main process can see them
 
-A *slot* is one running episode, row i of every array. All arrays live in one anonymous block of shared memory; the pipes
-carry only words such as "step these slots". Four decisions shape the rest of the file:
+A *slot* is one running episode, row i of every array. All arrays live in one anonymous block of shared memory; the
+pipes carry only words such as "step these slots". Four decisions shape the rest of the file:
 
-1. A worker never has to ask what comes next. Before every step the main process has already written which task and which
-   placement each slot plays when its episode ends (`assignment`), so the worker resets at once, in the same step.
-2. Every random choice comes from `(seed, slot, number of the episode in that slot)`, never from a stream that several slots
+1. A worker never asks what comes next. Before every step the main process has already written which task and placement
+   each slot plays when its episode ends (`assignment`), so the worker resets at once, in the same step.
+2. Every random choice comes from (seed, slot, number of the episode in that slot), never from a stream that slots
    share. Trajectories are then the same, byte for byte, whatever the number of workers and whatever their timing.
-3. Any worker may die at any moment (a segfault in a driver, `kill -9`, a deadlock in EGL). Its pictures and counters live in
-   the shared block and outlast it; a replacement starts with empty slots, and an empty slot that is told to step reports its
-   episode as truncated and starts the next one. A restart therefore needs no special case: the command is sent once more.
-4. Workers must not outlive the main process. They leave when their pipe closes or their parent changes, ignore Ctrl-C (the
-   main process decides), and the shared block has no name that could be left behind in /dev/shm.
+3. Any worker may die at any moment (a segfault in a driver, `kill -9`, a deadlock in EGL). Its pictures and counters
+   live in the shared block and outlast it. A replacement starts with empty slots, and an empty slot that is told to
+   step reports its episode as truncated and starts the next one: no special case, the command is just sent again.
+4. Workers must not outlive the main process. They leave when their pipe closes or their parent changes, ignore Ctrl-C
+   (the main process decides), and the shared block has no name that could be left behind in /dev/shm.
 
-The curriculum over tasks (paper section 3.5, Eq. 4) is at the top, because it is the part of this file that the paper is about.
-
-Measured on 2 cores with software rendering: see `bench.py envs` and README.
+The curriculum over tasks (paper section 3.5, Eq. 4) comes first: it is the part of this file that the paper is about.
 """
 
 import contextlib
@@ -45,11 +43,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from tqdm import tqdm
 
 from common import UserError
 
 RESOLUTION = 256
-BUILD_TIMEOUT = 180.0  # seconds for one task's model; 2 to 12 are normal, several times that on a loaded machine
+NUM_INIT_STATES = 50  # of every LIBERO task
+BUILD_TIMEOUT = 300.0  # seconds for one task's model; 2 to 12 are normal, ten times that on a loaded machine
 MAX_FAILURES = 3  # replacements of one worker without a finished command in between; then something is really broken
 
 # `assignment[i]` = (task, init state, seed, episode). Two init states have a meaning beyond "protocol state number k":
@@ -57,7 +57,7 @@ RANDOM_PLACEMENT = -1  # objects placed by the episode's generator, as in LIBERO
 RANDOM_PROTOCOL_STATE = -2  # one of the 50 protocol states, drawn by the episode's generator
 NO_TASK = -1  # as a task: when the episode ends, park the slot
 
-# `status[i]` says how far a slot got within the current step; it is what lets a replacement pick up after a dead worker.
+# `status[i]`: how far a slot got within the current step; lets a replacement pick up where a dead worker left off.
 NEW, SAVED, DONE = 0, 1, 2
 
 
@@ -73,8 +73,8 @@ class Curriculum:
     mode "frontier": P(j) ∝ exp(-|0.5 - s_j| / tau)   what the text around Eq. 4 says: most often where s_j is near 50 %
     mode "uniform":  P(j) equal                       the ablation "no curriculum" of Table 2
 
-    s_j is the success rate over the last `window` episodes of task j with one success and one failure added (Laplace), so
-    that an unseen task counts as 0.5, neutral in both formulas, and one lucky episode does not settle anything.
+    s_j is the success rate over the last `window` episodes of task j with one success and one failure added (Laplace),
+    so that an unseen task counts as 0.5, neutral in both formulas, and one lucky episode does not settle anything.
     tau: temperature of the sampling; large = uniform, small = only the favourite.
     """
 
@@ -128,7 +128,7 @@ class Curriculum:
     def load_state_dict(self, state):
         outcomes = np.asarray(state["outcomes"])
         if outcomes.ndim != 2 or len(outcomes) != len(self.task_ids):
-            raise UserError(f"curriculum: the saved state is for {len(outcomes)} tasks, this run has {len(self.task_ids)}")
+            raise UserError(f"curriculum: the saved state has {len(outcomes)} tasks, this run {len(self.task_ids)}")
         for seen, row in zip(self._outcomes, outcomes, strict=True):
             seen.clear()
             seen.extend(bool(x) for x in row[row >= 0])
@@ -142,7 +142,7 @@ class Curriculum:
 _FRAME = (RESOLUTION, RESOLUTION, 3)
 _FIELDS = {  # one row per slot
     "agentview": (_FRAME, np.uint8),  # the current observation
-    "final_agentview": (_FRAME, np.uint8),  # where an episode ended: its last; during a step: a copy of the previous one
+    "final_agentview": (_FRAME, np.uint8),  # of an ended episode; during a step: the previous one
     "actions": ((7,), np.float64),
     "assignment": ((4,), np.int64),  # what the slot plays next: task, init state, seed, episode number
     "task_id": ((), np.int64),  # what the slot plays now
@@ -201,8 +201,8 @@ class _Worker:
         self.episodes = {}  # slot -> Episode; an empty slot lost its episode with the worker that this one replaces
 
     def build(self, tasks):
-        for task in tasks:
-            self.task(task)
+        for task_id in tasks:
+            self.task(task_id)
 
     def task(self, task_id):
         """The compiled task, from the pool or built now (seconds: announced, so that it is not taken for a hang)."""
@@ -217,7 +217,7 @@ class _Worker:
                 self.pool.pop(old).close()
             built = sim.TaskSim(self.config["suite"], task_id, self.config["render"], RESOLUTION)
             self.pool[task_id] = built
-            self.conn.send(("built", task_id, built.instruction, int(built.num_init_states)))
+            self.conn.send(("built", task_id))
         self.pool.move_to_end(task_id)
         return self.pool[task_id]
 
@@ -268,30 +268,31 @@ class _Worker:
 
     def step_slot(self, i, action_repeat, max_steps):
         s, episode = self.shared, self.episodes[i]
-        # Keep the picture that the policy acted on until the new one is complete: should this process die in between, it
-        # is the last observation of the episode, and the value of a truncated episode needs one.
+        # Keep the picture that the policy acted on until the new one is complete: should this process die in between,
+        # it is the last observation of the episode, and the value of a truncated episode needs one.
         s.final_agentview[i] = s.agentview[i]
         s.status[i] = SAVED
         t0 = time.perf_counter()
-        success = False
+        success, steps = False, int(s.steps[i])
         for _ in range(action_repeat):
             success = bool(episode.step(s.actions[i]))
-            s.steps[i] += 1
-            if success or s.steps[i] >= max_steps:
+            steps += 1
+            if success or steps >= max_steps:
                 break
         t1 = time.perf_counter()
         frame = episode.render()
         s.seconds[i] += t1 - t0, time.perf_counter() - t1, 0.0
+        s.steps[i] = steps
         self.publish_privileged(i)
         s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], s.steps[i]
-        truncated = not success and s.steps[i] >= max_steps
+        truncated = not success and steps >= max_steps
         if success or truncated:
             self.end(i, frame, success, truncated)
         else:
             s.agentview[i] = frame
 
     def end(self, i, last_frame, success, truncated):
-        """The episode of slot i is over: keep its last picture and, with autoreset, begin the next one in the same step."""
+        """The episode of slot i is over: keep its last picture and, with autoreset, begin the next one at once."""
         s = self.shared
         first_frame = None
         if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
@@ -320,12 +321,8 @@ class _Worker:
             if s.started[i]:
                 s.agentview[i] = self.start(i)
             return
-        if s.status[i] == NEW:
-            last_frame = s.agentview[i].copy()  # it had not touched this slot yet
-        elif s.status[i] == SAVED:
-            last_frame = s.final_agentview[i].copy()
-        else:
-            last_frame = s.agentview[i].copy()  # the step itself is complete, and its reward stands (0)
+        # NEW: it had not touched this slot. DONE: the step is complete. In between, the picture may be half new.
+        last_frame = (s.final_agentview if s.status[i] == SAVED else s.agentview)[i].copy()
         s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], s.steps[i]
         s.worker_restarted[i] = True
         self.end(i, last_frame, success=False, truncated=True)
@@ -334,7 +331,7 @@ class _Worker:
         return {i: self.episodes[i].get_state() for i in slots if i in self.episodes}
 
     def set_state(self, slots, states):
-        """states: slot -> array for `Episode.set_state`. The arrays of the shared block are restored by the main process."""
+        """states: slot -> array for `Episode.set_state`. The main process restores the shared block itself."""
         for i in slots:
             if i in states:
                 self.load(i, int(self.shared.task_id[i])).set_state(states[i])
@@ -375,11 +372,8 @@ def _worker_main(descriptor):
         import traceback
 
         where = traceback.extract_tb(exc.__traceback__)[-1]
-        traceback.print_exc()
         conn.send(("error", f"{type(exc).__name__}: {exc} ({Path(where.filename).name}:{where.lineno})"))
-    # No clean-up: freeing GL contexts at exit is where drivers hang, and the operating system does it anyway.
-    sys.stderr.flush()
-    os._exit(0)
+    os._exit(0)  # no clean-up: freeing GL contexts is where drivers hang, and the operating system does it anyway
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -398,6 +392,34 @@ class _Handle:
         self.failures = 0
         self.busy_seconds = 0.0
 
+    def spawn(self, config, egl_device=None):
+        # A plain `python -c` instead of multiprocessing: it does not import the caller's main script (and torch with
+        # it) into every worker, needs no `if __name__ == "__main__"` there, and takes its environment as an argument.
+        ours, theirs = socket.socketpair()
+        # One thread each: the workers themselves fill the cores. LP_NUM_THREADS=0 lets Mesa's software renderer draw in
+        # the calling thread; a single helper thread (=1) costs a hand-over per picture.
+        numbers = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        # Without the fixed threshold, glibc keeps a task's freed building blocks (100 MB) in a fragmented heap.
+        environment = {"MUJOCO_GL": "egl", "MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+        environment |= {**dict.fromkeys(numbers, "1"), "LP_NUM_THREADS": "0"}
+        if egl_device is not None:
+            environment["MUJOCO_EGL_DEVICE_ID"] = str(egl_device)
+        here = str(Path(__file__).resolve().parent)
+        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs._worker_main({theirs.fileno()})"
+        self.log = tempfile.TemporaryFile()  # what third parties print; shown only if the worker dies: the last line
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-c", code],
+            pass_fds=(theirs.fileno(), config["shared_fd"]),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            process_group=0,  # Ctrl-C in the terminal goes to the main process alone
+        )
+        theirs.close()
+        self.conn = connection.Connection(ours.detach())
+        self.conn.send(config)
+
     def send(self, command, timeout):
         if not self.outstanding:
             self.deadline = time.monotonic() + timeout
@@ -405,91 +427,80 @@ class _Handle:
         with contextlib.suppress(OSError):  # a dead worker: found, and the command repeated, when the answer is awaited
             self.conn.send(command)
 
+    def how_it_ended(self):
+        """In words; for a worker whose pipe is closed."""
+        try:
+            code = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        self.log.seek(0)
+        words = [f"({line.strip()})" for line in self.log.read().decode(errors="replace").strip().splitlines()[-1:]]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return " ".join([how, *words])
+
     def kill(self):
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process = None
             self.conn.close()
-
-    def last_words(self):
-        self.log.seek(0)
-        lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else ""
+            self.log.close()
+            self.process = None
 
 
-def _kill_all(handles):
+def _release(handles, descriptor):
     for handle in handles:
         handle.kill()
+    os.close(descriptor)
+
+
+def _cores():
+    """Cores that this process may use: fewer than the machine has in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class LiberoVecEnv(VectorEnv):
     """LIBERO tasks as one Gymnasium vector environment.
 
-    suite: "libero_spatial", "libero_object", "libero_goal", "libero_10" or "libero_90".
-    num_envs: number of slots N (episodes that run at the same time).
-    task_ids: tasks to play (default: the whole suite).
-    action_repeat: control steps (20 Hz) per decision. An episode may end within a decision.
+    suite, task_ids: what to play (default: all tasks of the suite). num_envs: number of slots N.
+    action_repeat: control steps (20 Hz) per decision; an episode may end within a decision.
     max_steps: control steps per episode (default: LIBERO's limit for the suite).
     render: "light" (simplified visual meshes) or "exact".
     num_workers: processes (default: one per core, at most N).
     seed: of every random choice in here.
     init_states: "random" (objects placed anew, for training) or "protocol" (one of the 50 evaluation states at random).
-    curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Episodes that were asked for by `assign` or by
-        the options of `reset` do not count in its statistics.
+    curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Episodes that were asked for by `assign` or
+        by the options of `reset` do not count in its statistics.
     autoreset: True = SAME_STEP; False = a slot whose episode ended is parked until `reset`.
-    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10). Beyond that the least recently used
-        one that no slot plays is dropped, and a later visit costs a rebuild (seconds).
+    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), TASK_MEMORY each. Beyond that, the
+        least recently used one that no slot plays is dropped, and a later visit costs a rebuild (seconds).
     timeout: seconds that a worker may take for one command before it counts as hung and is replaced.
     egl_devices: EGL device numbers, given to the workers in turn (default: leave the choice to EGL).
 
     Observation: {"agentview": (N, 256, 256, 3) uint8, upright as OpenVLA expects it, "task_id": (N,) int64,
-    "instruction": list of N strings}. `agentview` (and `final_obs`) is a *view* of the shared block: the next step
-    overwrites it, so copy what is to be kept.
-
+    "instruction": list of N strings}. The pictures are *views* of the shared block: the next step overwrites them.
     Action: (N, 7) float, end-effector deltas in [-1, 1] and gripper from 0 = close to 1 = open.
 
-    Raises UserError for settings that cannot work (including what only a worker can find out, such as missing EGL).
+    Raises UserError for settings that cannot work, including what only a worker can find out, such as missing EGL.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
 
-    def __init__(
-        self,
-        suite,
-        num_envs,
-        task_ids=None,
-        *,
-        action_repeat=1,
-        max_steps=None,
-        render="light",
-        num_workers=None,
-        seed=0,
-        init_states="random",
-        curriculum=None,
-        autoreset=True,
-        tasks_per_worker=None,
-        progress=True,
-        timeout=60.0,
-        egl_devices=None,
-    ):
+    def __init__(self, suite, num_envs, task_ids=None, *, action_repeat=1, max_steps=None, render="light",
+                 num_workers=None, seed=0, init_states="random", curriculum=None, autoreset=True, tasks_per_worker=None,
+                 progress=True, timeout=60.0, egl_devices=None):
         import sim  # here, because workers import this file too and report a failing import of sim as one line
 
-        if suite not in sim.SUITES:
-            raise UserError(f"suite {suite!r} is unknown; choose one of {', '.join(sim.SUITES)}")
-        if num_envs < 1:
-            raise UserError(f"the number of environments must be at least 1, not {num_envs}")
-        num_tasks = sim.num_tasks(suite)
-        task_ids = [int(t) for t in (range(num_tasks) if task_ids is None else task_ids)]
-        bad = [t for t in task_ids if not 0 <= t < num_tasks]
-        if bad or not task_ids or len(set(task_ids)) != len(task_ids):
-            what = f"{bad[0]} is none" if bad else f"{task_ids} is empty or has repeats"
-            raise UserError(f"{suite} has task ids 0 to {num_tasks - 1}; {what}")
-        max_steps = sim.MAX_STEPS[suite] if max_steps is None else max_steps
-        num_workers = min(num_envs, _cores() if num_workers is None else num_workers)
-        for name, value in [("action repeat", action_repeat), ("step limit", max_steps), ("worker count", num_workers)]:
+        task_ids = [int(t) for t in sim.check_task_ids(suite, task_ids)]
+        if len(set(task_ids)) != len(task_ids):
+            raise UserError(f"task ids must not repeat: {task_ids}")
+        num_workers = _cores() if num_workers is None else num_workers
+        tasks_per_worker = min(len(task_ids), 10) if tasks_per_worker is None else tasks_per_worker
+        max_steps = sim.max_steps(suite) if max_steps is None else max_steps
+        for what, value in [("number of environments", num_envs), ("action repeat", action_repeat),
+                            ("step limit", max_steps), ("number of workers", num_workers),
+                            ("number of tasks per worker", tasks_per_worker)]:
             if value < 1:
-                raise UserError(f"the {name} of the environments must be at least 1, not {value}")
+                raise UserError(f"the {what} must be at least 1, not {value}")
         if render not in ("light", "exact"):
             raise UserError(f"render mode {render!r} is unknown; choose light or exact")
         if init_states not in ("random", "protocol"):
@@ -500,92 +511,53 @@ class LiberoVecEnv(VectorEnv):
             raise UserError(f"the curriculum has tasks {curriculum.task_ids}, the environments only {task_ids}")
 
         self.suite, self.num_envs, self.task_ids, self.render_quality = suite, num_envs, task_ids, render
-        self.action_repeat, self.max_steps = action_repeat, max_steps  # may be changed between steps
-        self.num_workers, self.seed, self.timeout = num_workers, seed, timeout
+        self.action_repeat, self.max_steps, self.timeout = action_repeat, max_steps, timeout  # may change between steps
+        self.seed, self.autoreset = seed, autoreset
         self.curriculum = Curriculum(task_ids, "uniform") if curriculum is None else curriculum
-        self.autoreset = autoreset
-        mode = AutoresetMode.SAME_STEP if autoreset else AutoresetMode.DISABLED
-        self.metadata = {**self.metadata, "autoreset_mode": mode}
         self._init_code = RANDOM_PLACEMENT if init_states == "random" else RANDOM_PROTOCOL_STATE
-        self._egl_devices = egl_devices
-        self._make_spaces(num_tasks)
+        self._instructions = sim.instructions(suite)
+        self._make_spaces()
 
-        self._s, self._shared_fd = _map_slots(None, num_envs)
+        self._s, shared_fd = _map_slots(None, num_envs)
         self._s.parked[:] = True
         self._s.assignment[:, 0] = NO_TASK
         self._episode = np.full(num_envs, -1)  # number of the running episode of each slot, counted since seeding
         self._asked_now = np.zeros(num_envs, bool)  # the running episode was asked for, not chosen by the curriculum
-        self._asked_next = np.zeros(num_envs, bool)
-        self._drawn_at = np.full(num_envs, -1)  # curriculum.num_updates when the next task was drawn
+        self._asked_next = np.zeros(num_envs, bool)  # the coming one is
+        self._drawn_at = np.full(num_envs, -1)  # curriculum.num_updates when the coming task was drawn
         self._stepping = np.zeros(num_envs, bool)
-        self._sent_at = 0.0
-        self._instructions, self._num_init_states = {}, {}
-        self._config = {
-            "parent": os.getpid(),
-            "suite": suite,
-            "num_envs": num_envs,
-            "render": render,
-            "autoreset": autoreset,
-            "tasks_per_worker": min(len(task_ids), 10) if tasks_per_worker is None else tasks_per_worker,
-            "shared_fd": self._shared_fd,
-        }
-        slots = np.array_split(np.arange(num_envs), num_workers)
-        self._workers = [_Handle(w, [int(i) for i in s]) for w, s in enumerate(slots)]
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)  # runs at exit too, hung workers or not
-        self._build(progress)
+        self._sent_at = np.zeros(num_envs)
+        self._egl_devices = egl_devices
+        self._config = {"parent": os.getpid(), "suite": suite, "num_envs": num_envs, "render": render,
+                        "autoreset": autoreset, "tasks_per_worker": tasks_per_worker, "shared_fd": shared_fd}
+        shares = np.array_split(np.arange(num_envs), min(num_envs, num_workers))
+        self._workers = [_Handle(w, share.tolist()) for w, share in enumerate(shares)]
+        self._finalizer = weakref.finalize(self, _release, self._workers, shared_fd)  # at exit too, hung workers or not
+        self._build(task_ids[:tasks_per_worker], progress)
 
-    def _make_spaces(self, num_tasks):
+    def _make_spaces(self):
+        mode = AutoresetMode.SAME_STEP if self.autoreset else AutoresetMode.DISABLED
+        self.metadata = {**self.metadata, "autoreset_mode": mode}
         printable = "".join(chr(c) for c in range(32, 127))
-        self.single_observation_space = gym.spaces.Dict(
-            {
-                "agentview": gym.spaces.Box(0, 255, _FRAME, np.uint8),
-                "task_id": gym.spaces.Discrete(num_tasks),
-                "instruction": gym.spaces.Text(max_length=300, charset=printable),
-            }
-        )
+        self.single_observation_space = gym.spaces.Dict({
+            "agentview": gym.spaces.Box(0, 255, _FRAME, np.uint8),
+            "task_id": gym.spaces.Discrete(len(self._instructions)),
+            "instruction": gym.spaces.Text(max_length=300, charset=printable),
+        })
         low, high = np.array([-1.0] * 6 + [0.0], np.float32), np.ones(7, np.float32)
         self.single_action_space = gym.spaces.Box(low, high)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
-    # ---- workers -----------------------------------------------------------------------------------------------
+    # ---- workers -----------------------------------------------------------------------------------------------------
 
     def _spawn(self, handle):
-        # A plain `python -c` instead of multiprocessing: it does not import the caller's main script (and torch with it)
-        # into every worker, needs no `if __name__ == "__main__"` there, and takes its environment as an argument.
-        ours, theirs = socket.socketpair()
-        environment = {"MUJOCO_GL": "egl", **os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
-        environment |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-        if self._egl_devices:
-            environment["MUJOCO_EGL_DEVICE_ID"] = str(self._egl_devices[handle.index % len(self._egl_devices)])
-        here = str(Path(__file__).resolve().parent)
-        code = f"import sys; sys.path.insert(0, {here!r}); import envs; envs._worker_main({theirs.fileno()})"
-        handle.log = tempfile.TemporaryFile()
-        handle.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-c", code],
-            pass_fds=(theirs.fileno(), self._shared_fd),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=handle.log,
-            stderr=handle.log,  # shown only should the worker die: its last line
-            process_group=0,  # Ctrl-C in the terminal goes to the main process alone
-        )
-        theirs.close()
-        handle.conn = connection.Connection(ours.detach())
-        handle.conn.send(self._config)
+        handle.spawn(self._config, self._egl_devices and self._egl_devices[handle.index % len(self._egl_devices)])
 
-    def _build(self, progress):
+    def _build(self, tasks, progress):
         """Start all workers; each compiles the tasks that fit into its pool."""
-        from tqdm import tqdm
-
-        tasks = self.task_ids[: self._config["tasks_per_worker"]]
-        bar = tqdm(
-            total=len(tasks) * self.num_workers,
-            desc=f"building {self.suite}",
-            unit="task",
-            disable=not progress,
-            leave=False,
-        )
+        total = len(tasks) * len(self._workers)
+        bar = tqdm(total=total, desc=f"building {self.suite}", unit="task", disable=not progress, leave=False)
         try:
             for handle in self._workers:
                 self._spawn(handle)
@@ -597,8 +569,15 @@ class LiberoVecEnv(VectorEnv):
         finally:
             bar.close()
 
+    def _command(self, slots, name, *arguments):
+        """Send a command to the workers that own `slots`, each with its own share of them."""
+        wanted = set(slots)
+        for handle in self._workers:
+            if share := [i for i in handle.slots if i in wanted]:
+                handle.send((name, share, *arguments), self.timeout)
+
     def _await(self, slots, on_built=None):
-        """Receive until no worker owes an answer that concerns `slots`. Returns the answers, oldest first."""
+        """Receive until no worker owes an answer that concerns `slots`. Returns the answers."""
         wanted, answers = set(slots), []
         while owing := [h for h in self._workers if h.outstanding and wanted.intersection(h.slots)]:
             patience = min(h.deadline for h in owing) - time.monotonic()
@@ -607,28 +586,19 @@ class LiberoVecEnv(VectorEnv):
                 if handle.conn in ready:
                     self._receive(handle, answers, on_built)
                 elif time.monotonic() > handle.deadline:
-                    self._replace(handle, f"gave no answer for {self._limit(handle):.0f} s")
+                    self._replace(handle, "gave no answer in time")
         return answers
-
-    def _limit(self, handle):
-        return BUILD_TIMEOUT if handle.outstanding[0][0] == "build" else self.timeout
 
     def _receive(self, handle, answers, on_built):
         try:
             kind, *content = handle.conn.recv()
         except (EOFError, OSError):
-            code = handle.process.wait()
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-            words = handle.last_words()
-            self._replace(handle, how + (f" ({words})" if words and code != -signal.SIGKILL else ""))
+            self._replace(handle, handle.how_it_ended())
             return
-        handle.deadline = time.monotonic() + self.timeout
-        if kind == "building":
-            handle.deadline = time.monotonic() + BUILD_TIMEOUT
-        elif kind == "built":
-            task, self._instructions[task], self._num_init_states[task] = content[0], content[1], content[2]
-            if on_built:
-                on_built(1)
+        patience = BUILD_TIMEOUT if kind == "building" or handle.failures else self.timeout  # a replacement warms up
+        handle.deadline = time.monotonic() + patience
+        if kind == "built" and on_built:
+            on_built(1)
         elif kind == "done":
             handle.outstanding.popleft()
             handle.failures, handle.busy_seconds = 0, content[1]
@@ -636,16 +606,13 @@ class LiberoVecEnv(VectorEnv):
         elif kind == "user_error":
             self.close()
             raise UserError(content[0])
-        else:
+        elif kind == "error":
             self._replace(handle, f"failed: {content[0]}")
 
     def _replace(self, handle, why):
         """Kill and respawn a worker and repeat what it owed. Its slots are empty then; see `cut_lost_episode`."""
-        from tqdm import tqdm
-
         handle.failures += 1
-        first, last = handle.slots[0], handle.slots[-1]
-        name = f"environment worker {handle.index} (environments {first} to {last})"
+        name = f"environment worker {handle.index} (environments {handle.slots[0]} to {handle.slots[-1]})"
         why = " ".join(why.split())
         if handle.failures > MAX_FAILURES:
             self.close()
@@ -656,46 +623,11 @@ class LiberoVecEnv(VectorEnv):
         self._spawn(handle)
         commands, handle.outstanding = handle.outstanding, deque()
         for command in commands:
-            handle.send(command, BUILD_TIMEOUT)  # the first answer also waits for the start of Python and a compiled task
+            handle.send(command, BUILD_TIMEOUT)  # the first answer waits for the start of Python and a compiled task
 
-    def _command(self, slots, name, *arguments):
-        """Send a command to the workers that own `slots`, each with its own share of them."""
-        wanted = set(slots)
-        for handle in self._workers:
-            if share := [i for i in handle.slots if i in wanted]:
-                handle.send((name, share, *arguments), self.timeout)
-
-    # ---- what each slot plays next -------------------------------------------------------------------------------
-
-    def _draw_next(self, i):
-        """Let the curriculum choose what slot i plays after the running episode."""
-        number = int(self._episode[i]) + 1
-        rng = np.random.default_rng([self.seed, i, number, 1])  # 1: not the generator that places the objects
-        self._s.assignment[i] = self.curriculum.sample(rng), self._init_code, self.seed, number
-        self._asked_next[i] = False
-        self._drawn_at[i] = self.curriculum.num_updates
-
-    def assign(self, i, task_id, init_state=None):
-        """Choose the next episode of slot i, once; after that the curriculum chooses again.
-
-        init_state: number of a protocol state, or None for a random placement. task_id None: the slot is parked when its
-        episode ends, and stays so until `assign` or `reset`. A parked slot begins its assignment with the next step.
-        """
-        self._check_idle("assign", [i])
-        self._asked_next[i] = True
-        if task_id is None:
-            self._s.assignment[i, 0] = NO_TASK
-            return
-        self._check_episode(task_id, init_state)
-        init = RANDOM_PLACEMENT if init_state is None else int(init_state)
-        self._s.assignment[i] = int(task_id), init, self.seed, int(self._episode[i]) + 1
-
-    def _check_episode(self, task_id, init_state):
-        if task_id not in self.task_ids:
-            raise UserError(f"task {task_id} is not among the tasks of these environments: {self.task_ids}")
-        count = self._num_init_states.get(int(task_id), 50)
-        if init_state is not None and not 0 <= init_state < count:
-            raise UserError(f"task {task_id} of {self.suite} has initial states 0 to {count - 1}; {init_state} is none")
+    def close_extras(self, **kwargs):
+        """Stop the workers. They hold nothing that needs saving, so they are killed: quick, and hung ones go too."""
+        self._finalizer()
 
     def _check_idle(self, what, slots):
         if self.closed:
@@ -703,12 +635,43 @@ class LiberoVecEnv(VectorEnv):
         if self._stepping[slots].any():
             raise RuntimeError(f"{what}: a step is under way; call step_wait first")
 
+    # ---- what each slot plays next -----------------------------------------------------------------------------------
+
     @property
     def active(self):
         """(N,) bool: slots with a running episode (the others are parked)."""
         return ~self._s.parked
 
-    # ---- Gymnasium -------------------------------------------------------------------------------------------------
+    def _draw_next(self, i):
+        """Let the curriculum choose what slot i plays after the running episode."""
+        number = int(self._episode[i]) + 1
+        rng = np.random.default_rng([self.seed, i, number, 1])  # 1: not the generator that places the objects
+        self._s.assignment[i] = self.curriculum.sample(rng), self._init_code, self.seed, number
+        self._asked_next[i], self._drawn_at[i] = False, self.curriculum.num_updates
+
+    def assign(self, i, task_id, init_state=None):
+        """Choose the next episode of slot i, once; after that the curriculum chooses again.
+
+        init_state: number of a protocol state, or None for a random placement. task_id None: the slot is parked when
+        its episode ends, and stays so until `assign` or `reset`. A parked slot begins an assignment with the next step.
+        """
+        self._check_idle("assign", [i])
+        if task_id is not None and task_id not in self.task_ids:
+            raise UserError(f"task {task_id} is not among the tasks of these environments: {self.task_ids}")
+        if init_state is not None and not 0 <= init_state < NUM_INIT_STATES:
+            raise UserError(f"initial states are numbered 0 to {NUM_INIT_STATES - 1}; {init_state} is none of them")
+        task = NO_TASK if task_id is None else int(task_id)
+        init = RANDOM_PLACEMENT if init_state is None else int(init_state)
+        self._s.assignment[i] = task, init, self.seed, self._episode[i] + 1
+        self._asked_next[i] = True
+
+    def _began(self, i):
+        """Slot i took up its assignment."""
+        self._episode[i] += 1
+        self._asked_now[i] = self._asked_next[i]
+        self._draw_next(i)
+
+    # ---- Gymnasium ---------------------------------------------------------------------------------------------------
 
     def reset(self, *, seed=None, options=None):
         """Begin a new episode in every slot. Returns (obs, info).
@@ -717,16 +680,14 @@ class LiberoVecEnv(VectorEnv):
         options: "task_ids" (N entries, None = leave the slot parked) and "init_states" (N entries, None = random
         placement) choose the episodes; "reset_mask" (N,) bool resets only some slots and leaves the others alone.
         """
-        options = {} if options is None else options
-        unknown = set(options) - {"task_ids", "init_states", "reset_mask"}
-        if unknown:
+        options, n = {} if options is None else options, self.num_envs
+        if unknown := set(options) - {"task_ids", "init_states", "reset_mask"}:
             raise ValueError(f"reset: unknown option {sorted(unknown)[0]!r}")
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)), bool)
-        task_ids = options.get("task_ids")
-        init_states = options.get("init_states") or [None] * self.num_envs
-        if mask.shape != (self.num_envs,) or len(task_ids or init_states) != self.num_envs != len(init_states):
-            raise ValueError(f"reset: options must have one entry per environment ({self.num_envs})")
-        slots = [int(i) for i in np.flatnonzero(mask)]
+        mask = np.asarray(options.get("reset_mask", np.ones(n, bool)), bool)
+        task_ids, init_states = options.get("task_ids"), options.get("init_states") or [None] * n
+        if mask.shape != (n,) or len(init_states) != n or task_ids is not None and len(task_ids) != n:
+            raise ValueError(f"reset: options must have one entry per environment ({n})")
+        slots = np.flatnonzero(mask).tolist()
         self._check_idle("reset", slots)
         if seed is not None:
             if seed < 0:
@@ -738,56 +699,46 @@ class LiberoVecEnv(VectorEnv):
                 self.assign(i, task_ids[i], init_states[i])
             elif not self._asked_next[i] or self._s.assignment[i, 0] == NO_TASK:
                 self._draw_next(i)
-        starting = [i for i in slots if self._s.assignment[i, 0] != NO_TASK]
-        self._s.parked[slots] = True
-        self._s.steps[slots] = 0
-        if starting:
+            self._s.assignment[i, 2:] = self.seed, self._episode[i] + 1
+        s = self._s
+        s.parked[slots], s.steps[slots] = True, 0
+        if starting := [i for i in slots if s.assignment[i, 0] != NO_TASK]:
             self._command(starting, "reset")
             self._await(starting)
         for i in starting:
             self._began(i)
-        s = self._s
         info = {"eef_pos": s.eef_pos.copy(), "gripper": s.gripper.copy(), "init_state": s.init_state.copy()}
         return self._observation(slice(None)), info
 
-    def _began(self, i):
-        """Bookkeeping of the main process when slot i took up its assignment."""
-        self._episode[i] += 1
-        self._asked_now[i] = self._asked_next[i]
-        self._draw_next(i)
-
-    def _observation(self, rows):
-        s = self._s
-        return {
-            "agentview": s.agentview[rows],
-            "task_id": s.task_id[rows].copy(),
-            "instruction": [self._instructions.get(int(t), "") for t in s.task_id[rows]],
-        }
+    def _observation(self, slots):
+        task_id = self._s.task_id[slots].copy()
+        instruction = [self._instructions[t] for t in task_id]
+        return {"agentview": self._s.agentview[slots], "task_id": task_id, "instruction": instruction}
 
     def step(self, actions):
         """One decision in every slot: the action for `action_repeat` control steps, one picture at the end.
 
-        actions: (N, 7). Returns obs, reward (N,) float32 (1.0 on success), terminated (N,) bool, truncated (N,) bool, info.
-        Where an episode ended, obs is already the next one's first, and info has:
-          "final_obs" {"agentview": (N, 256, 256, 3)}, valid where "_final_obs" (N,) bool
-          "success" (N,) bool; "episode_length" (N,) int control steps; "task_id_ended" (N,) int;
-          "worker_restarted" (N,) bool: cut because its worker died (truncated, not counted by the curriculum).
-        In every row, of the state that this action led to, before any reset: "eef_pos" (N, 3) metres, "gripper" (N,) metres
-        between the fingers, "init_state" (N,) int (-1 = random placement). "started" (N,): obs is a first observation.
-        "timing": seconds in physics, render, reset (summed over the slots), busiest (longest worker), wall (whole step) and
-        wait (main process blocked).
+        actions: (N, 7). Returns obs, reward (N,) float32 (1.0 on success), terminated (N,) bool, truncated (N,) bool,
+        info. Where an episode ended, obs is already the next one's first, and info has
+          "final_obs" {"agentview": (N, 256, 256, 3)}, valid where "_final_obs" (N,) bool; "success" (N,) bool;
+          "worker_restarted" (N,) bool: cut because its worker died (truncated, and unknown to the curriculum)
+        In every row, of the state that this action led to and of its episode, before any reset:
+          "eef_pos" (N, 3) metres; "gripper" (N,) metres between the fingers; "episode_length" (N,) int control steps;
+          "task_id_ended" (N,) int; "init_state" (N,) int (-1 = random placement)
+        "started" (N,) bool: obs is the first of an episode. "timing": seconds of physics, render, reset (summed over
+        the slots), busiest (the longest worker), wall (the whole step) and wait (the main process blocked).
         Raises ValueError for actions of another shape or with NaN or infinity; nothing has moved then.
         """
         self.step_async(actions)
         return self.step_wait()
 
     def step_async(self, actions, slots=slice(None)):
-        """Begin a step of a contiguous group of slots (a slice); the other groups may be waited for meanwhile.
+        """Begin a step of a group of slots (a slice); the other groups may be waited for meanwhile.
 
         With two groups of half the slots each, the policy computes actions for one while physics runs for the other.
-        actions: (len of the group, 7).
+        actions: (slots in the group, 7).
         """
-        rows = range(self.num_envs)[slots]
+        rows, s = range(self.num_envs)[slots], self._s
         self._check_idle("step_async", rows)
         actions = np.asarray(actions, np.float64)
         if actions.shape != (len(rows), 7):
@@ -795,79 +746,54 @@ class LiberoVecEnv(VectorEnv):
         if not np.isfinite(actions).all():
             row = int(np.flatnonzero(~np.isfinite(actions).all(axis=1))[0])
             raise ValueError(f"action of environment {rows[row]} is not finite: {actions[row].tolist()}")
-        s = self._s
         for i in rows:
-            # The curriculum may have learnt something since the next task was drawn; the same generator draws again.
+            # The curriculum may have learnt something since the coming task was drawn; the same generator draws again.
             if not self._asked_next[i] and not s.parked[i] and self._drawn_at[i] != self.curriculum.num_updates:
                 self._draw_next(i)
-        s.actions[slots] = actions
-        s.status[slots], s.reward[slots], s.seconds[slots] = NEW, 0.0, 0.0
+        s.actions[slots], s.status[slots], s.reward[slots], s.seconds[slots] = actions, NEW, 0.0, 0.0
         for flags in (s.terminated, s.truncated, s.worker_restarted, s.started):
             flags[slots] = False
-        self._stepping[slots] = True
-        self._sent_at = time.perf_counter()
+        self._stepping[slots], self._sent_at[slots] = True, time.perf_counter()
         self._command(rows, "step", self.action_repeat, self.max_steps)
 
     def step_wait(self, slots=slice(None)):
         """Results of `step_async` for the same slice: what `step` returns, with one row per slot of the group."""
-        rows = range(self.num_envs)[slots]
+        rows, s = range(self.num_envs)[slots], self._s
         if not self._stepping[slots].all():
             raise RuntimeError("step_wait: call step_async for these environments first")
-        t0 = time.perf_counter()
+        waiting_since = time.perf_counter()
         self._await(rows)
         now = time.perf_counter()
         self._stepping[slots] = False
-        s = self._s
-        ended = (s.terminated | s.truncated)[slots]
         for i in rows:  # in the order of the slots, whoever answered first
-            if (s.terminated[i] or s.truncated[i]) and not (self._asked_now[i] or s.worker_restarted[i]):
+            ended = s.terminated[i] or s.truncated[i]
+            if ended and not (self._asked_now[i] or s.worker_restarted[i]):
                 self.curriculum.update(s.stepped_task[i], s.terminated[i])
             if s.started[i]:
                 self._began(i)
-            elif s.parked[i] and not self._asked_next[i]:
-                s.assignment[i, 0], self._asked_next[i] = NO_TASK, True
-        physics, render, reset = (float(x) for x in s.seconds[slots].sum(axis=0))
+            elif s.parked[i] and not self._asked_next[i]:  # no autoreset: the curriculum waits for `reset`
+                s.assignment[i, 0] = NO_TASK
+        names = dict(success="terminated", episode_length="stepped_length", init_state="stepped_init",
+                     task_id_ended="stepped_task", worker_restarted="worker_restarted", started="started",
+                     eef_pos="eef_pos", gripper="gripper")
+        info = {name: getattr(s, field)[slots].copy() for name, field in names.items()}
+        info["final_obs"] = {"agentview": s.final_agentview[slots]}
+        info["_final_obs"] = (s.terminated | s.truncated)[slots]
+        physics, render, reset = s.seconds[slots].sum(axis=0).tolist()
         busiest = max(h.busy_seconds for h in self._workers if set(h.slots).intersection(rows))
-        info = {
-            "final_obs": {"agentview": s.final_agentview[slots]},
-            "_final_obs": ended,
-            "success": s.terminated[slots].copy(),
-            "episode_length": s.stepped_length[slots].copy(),
-            "init_state": s.stepped_init[slots].copy(),
-            "task_id_ended": s.stepped_task[slots].copy(),
-            "worker_restarted": s.worker_restarted[slots].copy(),
-            "started": s.started[slots].copy(),
-            "eef_pos": s.eef_pos[slots].copy(),
-            "gripper": s.gripper[slots].copy(),
-            "timing": {
-                "physics": physics,
-                "render": render,
-                "reset": reset,
-                "busiest": busiest,
-                "wall": now - self._sent_at,
-                "wait": now - t0,
-            },
-        }
-        reward, terminated, truncated = s.reward[slots].copy(), s.terminated[slots].copy(), s.truncated[slots].copy()
-        return self._observation(slots), reward, terminated, truncated, info
+        wall = now - float(self._sent_at[slots].min())
+        info["timing"] = dict(physics=physics, render=render, reset=reset, busiest=busiest, wall=wall,
+                              wait=now - waiting_since)
+        flags = (s.reward[slots].copy(), s.terminated[slots].copy(), s.truncated[slots].copy())
+        return self._observation(slots), *flags, info
 
-    def close_extras(self, **kwargs):
-        """Stop the workers. They hold nothing that needs saving, so they are killed: quick, and hung ones go as well."""
-        self._finalizer()
-
-    # ---- exact resume --------------------------------------------------------------------------------------------
+    # ---- exact resume ------------------------------------------------------------------------------------------------
 
     _SAVED = ("agentview", "assignment", "task_id", "init_state", "steps", "parked", "eef_pos", "gripper")
 
-    def _fingerprint(self):
-        settings = {
-            "suite": self.suite,
-            "task_ids": self.task_ids,
-            "num_envs": self.num_envs,
-            "render": self.render_quality,
-            "action_repeat": self.action_repeat,
-        }
-        return np.frombuffer(json.dumps(settings).encode(), np.uint8).copy()
+    def _settings(self):
+        names = ("suite", "task_ids", "num_envs", "render_quality", "action_repeat")
+        return np.frombuffer(json.dumps({name: getattr(self, name) for name in names}).encode(), np.uint8).copy()
 
     def get_state(self):
         """Everything that the future depends on, mid-episode included: a flat dict of numpy arrays (no object arrays).
@@ -877,36 +803,29 @@ class LiberoVecEnv(VectorEnv):
         """
         self._check_idle("get_state", slice(None))
         self._command(range(self.num_envs), "get_state")
-        states = {i: array for share in self._await(range(self.num_envs)) for i, array in share.items()}
-        state = {name: getattr(self._s, name).copy() for name in self._SAVED}
-        state |= {f"sim_{i}": np.asarray(array) for i, array in states.items()}
-        state |= {f"curriculum_{name}": np.asarray(x) for name, x in self.curriculum.state_dict().items()}
-        state |= {"episode": self._episode.copy(), "seed": np.int64(self.seed), "settings": self._fingerprint()}
-        return state | {"asked_now": self._asked_now.copy(), "asked_next": self._asked_next.copy()}
+        simulators = {f"sim_{i}": array for share in self._await(range(self.num_envs)) for i, array in share.items()}
+        curriculum = {f"curriculum_{name}": np.asarray(x) for name, x in self.curriculum.state_dict().items()}
+        slots = {name: getattr(self._s, name).copy() for name in self._SAVED}
+        mine = {"episode": self._episode.copy(), "seed": np.int64(self.seed), "settings": self._settings(),
+                "asked_now": self._asked_now.copy(), "asked_next": self._asked_next.copy()}
+        return slots | simulators | curriculum | mine
 
     def set_state(self, state):
         """Continue from `get_state()`. Returns the observation. Raises UserError for a state of other settings."""
         self._check_idle("set_state", slice(None))
-        if bytes(np.asarray(state["settings"])) != bytes(self._fingerprint()):
-            theirs = bytes(np.asarray(state["settings"])).decode(errors="replace")
-            ours = bytes(self._fingerprint()).decode()
-            raise UserError(f"the saved environments had the settings {theirs}, these have {ours}; they must be equal")
+        theirs, ours = bytes(np.asarray(state["settings"])), bytes(self._settings())
+        if theirs != ours:
+            raise UserError(f"the saved environments had the settings {theirs.decode(errors='replace')}, "
+                            f"these have {ours.decode()}; they must be equal")
         for name in self._SAVED:
             getattr(self._s, name)[:] = np.asarray(state[name])
         self._episode[:], self.seed = np.asarray(state["episode"]), int(state["seed"])
         self._asked_now[:], self._asked_next[:] = np.asarray(state["asked_now"]), np.asarray(state["asked_next"])
         prefix = "curriculum_"
-        learnt = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-        self.curriculum.load_state_dict(learnt)
-        # The coming assignments were drawn from just these statistics, or will be drawn again before the next step.
-        self._drawn_at[:] = -1
+        self.curriculum.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
+        self._drawn_at[:] = -1  # drawn again before the next step, with the same statistics: the same tasks
         for handle in self._workers:
             arrays = {i: np.asarray(state[f"sim_{i}"]) for i in handle.slots if f"sim_{i}" in state}
             handle.send(("set_state", handle.slots, arrays), self.timeout)
         self._await(range(self.num_envs))
         return self._observation(slice(None))
-
-
-def _cores():
-    """Cores that this process may use: fewer than the machine has in a container or under taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,23 +1,24 @@
 """The policy: OpenVLA, from the official 7B checkpoints down to a model that a laptop trains. One class, two sizes.
 
 The idea. OpenVLA turns "which action?" into "which next token?". Two vision towers (DINOv2 for geometry, SigLIP for
-semantics) each cut the image into patches; their features are joined per patch and projected to the width of a Llama, which
-then reads one sequence:
+semantics) each cut the image into patches; their features are joined per patch and projected to the width of a
+Llama, which then reads one sequence:
 
     BOS  patch_1 ... patch_P  "In: What action should the robot take to {instruction}?\\nOut:"  suffix  a_1 ... a_7
 
-a_1 ... a_7 are the action: dx dy dz droll dpitch dyaw gripper, each one of 256 bins, each bin one token at the end of the
-vocabulary. The probability of an action is the product of the probabilities of its 7 tokens (Eq. 1 of the paper), and that is
-all that PPO needs from the policy: tokens to act with, log-probs to learn from.
+a_1 ... a_7 are the action: dx dy dz droll dpitch dyaw gripper, each one of 256 bins, each bin one token at the end
+of the vocabulary. The probability of an action is the product of the probabilities of its 7 tokens (Eq. 1 of the
+paper), and that is all that PPO needs from the policy: tokens to act with, log-probs to learn from.
 
-Reading order: action tokens, image preprocessing, vision tower, Llama, OpenVLA, then the actor-critic (LoRA), then openvla-tiny.
+Reading order: action tokens, image preprocessing, vision tower, Llama, OpenVLA, then the actor-critic (LoRA), then
+openvla-tiny.
 
-Rows of a batch are independent. Prompts differ in length and are padded on the RIGHT; the action tokens go straight behind each
-row's own prompt, over the padding. With a causal mask nothing real ever sees padding, so a row needs no mask and gets the very
-positions it would get alone. That is the whole trick behind "batched results equal single ones".
+Rows of a batch are independent. Prompts differ in length and are padded on the RIGHT; the action tokens go straight
+behind each row's own prompt, over the padding. With a causal mask nothing real ever sees padding, so a row needs no
+mask and gets the very positions it would get alone. That is why batched results equal single ones.
 
-Tensors carry the official names (`vision_backbone.featurizer.*`, `projector.*`, `language_model.*`), so checkpoints load and save
-without a name map, and the code runs without timm, torchvision or remote code.
+Tensors carry the official names (`vision_backbone.featurizer.*`, `projector.*`, `language_model.*`), so checkpoints
+load and save without a name map, and the code runs without timm, torchvision or remote code.
 """
 
 import contextlib
@@ -56,8 +57,8 @@ PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 class ActionTokenizer:
     """Continuous values in [-1, 1] <-> the last 256 tokens of the vocabulary.
 
-    256 edges make 255 intervals, but `digitize` can answer 256 (x == 1): 256 token ids, of which the two lowest decode to
-    the same centre. That asymmetry is the official code's, and checkpoints have learned it.
+    256 edges make 255 intervals, but `digitize` can answer 256 (x == 1): 256 token ids, of which the two lowest
+    decode to the same centre. That asymmetry is the official code's, and checkpoints have learned it.
     """
 
     def __init__(self, vocab_end, bins=256):
@@ -89,9 +90,9 @@ def _numpy(x):
 # --------------------------------------------------------------------------------------------------------------------
 # Images
 # --------------------------------------------------------------------------------------------------------------------
-# The official evaluation sends every frame through JPEG, a Lanczos resize and a crop, all in TensorFlow, and the policy has only
-# ever seen the result. Every step below reproduces TensorFlow's pixels (at most 1 grey level off); each shortcut that looks
-# harmless (Pillow's decoder, Pillow's Lanczos) moves pixels by up to 17 levels.
+# The official evaluation sends every frame through JPEG, a Lanczos resize and a crop, all in TensorFlow, and the
+# policy has only ever seen the result. Every step below reproduces TensorFlow's pixels (at most 1 grey level off);
+# each shortcut that looks harmless (Pillow's decoder, Pillow's Lanczos) moves pixels by up to 17 levels.
 
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_SIDE = math.sqrt(0.9)  # the crop keeps 90 % of the AREA
@@ -110,31 +111,36 @@ def _lanczos_matrix(size_in, size_out):
 
 def _crop_matrix(size, start):
     """start (B,) in pixels -> (B, size, size): bilinear crop of CROP_SIDE x size from `start` on, scaled up to size."""
-    position = start[:, None] + torch.arange(size) * (CROP_SIDE * (size - 1) / (size - 1))  # (B, size)
-    return (1 - (position[:, :, None] - torch.arange(size)).abs()).clamp_min(0)  # the hat function IS linear interpolation
+    position = start[:, None] + torch.arange(size) * CROP_SIDE  # (B, size)
+    return (1 - (position[:, :, None] - torch.arange(size)).abs()).clamp_min(0)  # a hat function interpolates linearly
 
 
 def resize_frames(frames, image_size, jpeg=True):
     """frames (B, H, W, 3) uint8 upright -> (B, 3, image_size, image_size) uint8: JPEG round trip, then Lanczos-3."""
     frames = np.ascontiguousarray(_numpy(frames))
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {frames.shape}")
     if jpeg:
         frames = np.stack([_jpeg_round_trip(frame) for frame in frames])
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    x = _lanczos_matrix(x.shape[2], image_size) @ x @ _lanczos_matrix(x.shape[3], image_size).T
-    return x.round_().clamp_(0, 255).to(torch.uint8)
+    batch, height, width, _ = frames.shape
+    x = torch.from_numpy(frames).view(batch, height, width * 3).float()
+    x = (_lanczos_matrix(height, image_size) @ x).view(batch, image_size, width, 3)  # rows first: no transposed copy
+    x = x.transpose(2, 3).contiguous() @ _lanczos_matrix(width, image_size).T  # (B, S, 3, S)
+    return x.transpose(1, 2).round().clamp_(0, 255).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def _jpeg_round_trip(frame):
     data = io.BytesIO()
     Image.fromarray(frame).save(data, "JPEG", quality=95, subsampling=2)  # the bytes equal TensorFlow's
-    return simplejpeg.decode_jpeg(data.getvalue(), fastdct=True, fastupsample=False)  # TensorFlow decodes with the fast DCT
+    return simplejpeg.decode_jpeg(data.getvalue(), fastdct=True, fastupsample=False)  # the fast DCT, as TensorFlow
 
 
 def crop_and_normalize(images, crop="center", jitter=0.0, generator=None):
-    """images (B, 3, S, S) uint8 from `resize_frames` -> pixel_values (B, 6, S, S) float32, DINOv2's three channels first.
+    """images (B, 3, S, S) uint8 from `resize_frames` -> pixel_values (B, 6, S, S) float32, DINOv2's channels first.
 
     crop: "center" (evaluation), "random" (training: the same 90 % of the area, anywhere), "none".
-    jitter: 0 = off; 1 = the official training recipe (brightness +-0.2, contrast and saturation 0.8 ... 1.2, hue +-0.05).
+    jitter: 0 = off; 1 = the official training recipe (brightness +-0.2, contrast and saturation 0.8 ... 1.2,
+        hue +-0.05).
     generator: CPU torch.Generator for the two random parts.
     """
     size, x = images.shape[-1], images.float()
@@ -153,7 +159,7 @@ def crop_and_normalize(images, crop="center", jitter=0.0, generator=None):
 
 
 def _color_jitter(x, strength, generator):
-    """Brightness, contrast, saturation, hue, in the official order. Each is affine in a pixel's RGB, so one 3x3 does all."""
+    """Brightness, contrast, saturation, hue, in the official order. All are affine in RGB: one 3x3."""
     u = (torch.rand(4, len(x), 1, 1, generator=generator) * 2 - 1) * strength
     brightness, contrast, saturation, angle = u[0] * 0.2, 1 + u[1] * 0.2, 1 + u[2] * 0.2, u[3] * 0.05 * 2 * math.pi
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -161,8 +167,8 @@ def _color_jitter(x, strength, generator):
     turn[:, 1:2, 1:2], turn[:, 1:2, 2:] = saturation * angle.cos(), -saturation * angle.sin()
     turn[:, 2:, 1:2], turn[:, 2:, 2:] = saturation * angle.sin(), saturation * angle.cos()
     mean = x.mean((2, 3))[:, :, None]  # (B, 3, 1): contrast pivots on each channel's mean
-    x = (x.flatten(2) - mean) * contrast + mean + brightness
-    return (torch.linalg.inv(to_yiq) @ turn @ to_yiq @ x).clamp(0, 1).view(len(x), 3, *([int(x.shape[-1] ** 0.5)] * 2))
+    y = (x.flatten(2) - mean) * contrast + mean + brightness
+    return (torch.linalg.inv(to_yiq) @ turn @ to_yiq @ y).clamp(0, 1).view_as(x)
 
 
 def preprocess_images(frames, image_size=224, crop="center", jitter=0.0, jpeg=True, generator=None):
@@ -191,7 +197,7 @@ class VisionAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, width/heads)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, head_dim)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -234,7 +240,8 @@ class VisionTower(nn.Module):
         if registers:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
             self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
-        self.blocks = nn.ModuleList(VisionBlock(size, scaled=registers > 0) for _ in range(size["num_hidden_layers"] - 1))
+        blocks = size["num_hidden_layers"] - 1
+        self.blocks = nn.ModuleList(VisionBlock(size, scaled=registers > 0) for _ in range(blocks))
 
     def forward(self, images, gradient_checkpointing=False):
         """images (B, 3, S, S), normalised for this tower -> (B, patches, width)."""
@@ -263,16 +270,6 @@ class Projector(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        y = x.float()  # the mean of squares overflows half precision
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
 def _rotate(x, cos, sin):
     """Rotary positions: (x_i, x_{i + half}) turn by position x frequency_i. `sin` carries the sign of rotate-half."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
@@ -285,19 +282,30 @@ class LlamaAttention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.v_proj, self.o_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, slots=None, mask=None):
-        """Without `slots`: causal attention over x (and fill `cache`, if given). With: x is one new token per row, its
-        keys and values go to cache slot slots[row], and it attends to the slots that `mask` allows."""
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)  # (B, heads, tokens, head_dim)
+    def forward(self, x, cos, sin, cache=None, slots=None, mask=None, at=None):
+        """Causal attention over x (B, S, d), in one of three ways:
+        plain: every position asks, and `cache`, if given, is filled;
+        at (B, n): only these positions ask -> (B, n, d); all S are keys and values;
+        slots (B,): x is one new token per row, its key and value go to that cache slot; it sees what `mask` allows.
+        """
+        q, k, v = (linear(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # each (B, heads, tokens, head_dim)
+                   for linear, source in ((self.q_proj, _pick(x, at)), (self.k_proj, x), (self.v_proj, x)))
+        q, k = _rotate(q, *((cos, sin) if at is None else (cos[at][:, None], sin[at][:, None]))), _rotate(k, cos, sin)
         if slots is not None:
             rows = torch.arange(len(x), device=x.device)
             cache[0][rows, :, slots], cache[1][rows, :, slots] = k[:, :, 0], v[:, :, 0]
             k, v = cache
         elif cache is not None:
             cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = k, v
+        if at is not None:
+            mask = (torch.arange(x.shape[1], device=x.device) <= at[:, :, None])[:, None]  # (B, 1, n, S)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _pick(x, at):
+    """x (B, S, d) at positions `at` (B, n) -> (B, n, d); all of x for None."""
+    return x if at is None else x.gather(1, at[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 class LlamaMLP(nn.Module):
@@ -314,12 +322,12 @@ class LlamaLayer(nn.Module):
     def __init__(self, text):
         super().__init__()
         width, eps = text["hidden_size"], text["rms_norm_eps"]
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
         self.self_attn = LlamaAttention(width, text["num_attention_heads"])
         self.mlp = LlamaMLP(width, text["intermediate_size"])
 
-    def forward(self, x, *attention_args):
-        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+    def forward(self, x, cos, sin, cache=None, slots=None, mask=None, at=None):
+        x = _pick(x, at) + self.self_attn(self.input_layernorm(x), cos, sin, cache, slots, mask, at)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -328,14 +336,26 @@ class LlamaLayer(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 # The official config.json leaves these out: they are transformers 4.40.1's Llama defaults and timm's model definitions.
-LLAMA_DEFAULTS = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
-                      rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, bos_token_id=1, pad_token_id=32000)
+LLAMA_DEFAULTS = dict(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
+    rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, pad_token_id=32000,
+)
 TIMM_TOWERS = {
-    "vit_large_patch14_reg4_dinov2.lvd142m": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-                                                  intermediate_size=4096, patch_size=14, image_size=224, num_register_tokens=4),
-    "vit_so400m_patch14_siglip_224": dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16,
-                                          intermediate_size=4304, patch_size=14, image_size=224, num_register_tokens=0),
+    "vit_large_patch14_reg4_dinov2.lvd142m": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=14,
+        image_size=224, num_register_tokens=4,
+    ),
+    "vit_so400m_patch14_siglip_224": dict(
+        hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304, patch_size=14,
+        image_size=224, num_register_tokens=0,
+    ),
 }
+# What belongs to an official checkpoint besides config and weights; saving brings along what loading found.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "preprocessor_config.json", "generation_config.json", "configuration_prismatic.py", "modeling_prismatic.py",
+    "processing_prismatic.py",
+)
 
 
 class Output(NamedTuple):
@@ -374,28 +394,31 @@ class OpenVLA(nn.Module):
             try:
                 towers = [TIMM_TOWERS[name] for name in config["timm_model_ids"]]
             except KeyError as error:
-                raise UserError(f"config.json: no sizes for vision tower {error}; known: {', '.join(TIMM_TOWERS)}") from error
+                known = ", ".join(TIMM_TOWERS)
+                raise UserError(f"config.json: no sizes for vision tower {error}; known: {known}") from error
         if text.get("num_key_value_heads", text["num_attention_heads"]) != text["num_attention_heads"]:
             raise UserError("config.json: grouped key-value heads are not supported (OpenVLA's Llama 2 has none)")
         self.vision_backbone = nn.Module()
-        self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer = VisionTower(towers[0]), VisionTower(towers[1])
+        self.vision_backbone.featurizer = VisionTower(towers[0])  # DINOv2
+        self.vision_backbone.fused_featurizer = VisionTower(towers[1])  # SigLIP
         self.projector = Projector(towers[0]["hidden_size"] + towers[1]["hidden_size"], text["hidden_size"])
         self.language_model = nn.Module()
         self.language_model.model = nn.Module()
         self.language_model.model.embed_tokens = nn.Embedding(text["vocab_size"], text["hidden_size"])
         self.language_model.model.layers = nn.ModuleList(LlamaLayer(text) for _ in range(text["num_hidden_layers"]))
-        self.language_model.model.norm = RMSNorm(text["hidden_size"], text["rms_norm_eps"])
+        self.language_model.model.norm = nn.RMSNorm(text["hidden_size"], text["rms_norm_eps"])
         self.language_model.lm_head = nn.Linear(text["hidden_size"], text["vocab_size"], bias=False)
 
         self.image_size = towers[0]["image_size"]
         self.num_patches = (towers[0]["image_size"] // towers[0]["patch_size"]) ** 2
         self.action_repeat = config.get("action_repeat", 1)
-        self.action_tokenizer = ActionTokenizer(text["vocab_size"] - config["pad_to_multiple_of"], config["n_action_bins"])
+        vocab_end = text["vocab_size"] - config["pad_to_multiple_of"]  # 32000: the rows behind it are padding
+        self.action_tokenizer = ActionTokenizer(vocab_end, config["n_action_bins"])
         self.suffix_token_id = config.get("suffix_token_id", 29871)
         self.norm_stats = config.get("norm_stats", {})
         self.gradient_checkpointing = False
-        self.unused = {}  # name -> CPU tensor: in the file, not in the computation (last blocks, final norms, attn_pool)
-        self.side_files = {}  # name -> bytes: tokenizer.json and the other small files of the checkpoint directory
+        self.unused = {}  # name -> CPU tensor: in the file, not computed with (last blocks, final norms, attn_pool)
+        self.side_files = {}  # name -> bytes, of SIDE_FILES
         self._rope_tables = {}
 
     @property
@@ -415,10 +438,11 @@ class OpenVLA(nn.Module):
         return Tokenizer.from_str(self.side_files["tokenizer.json"].decode())
 
     def tokenize(self, instructions):
-        """B instructions -> input_ids (B, L) int64, attention_mask (B, L) int64, padded on the right, on the model's device.
+        """B instructions -> input_ids (B, L) int64, attention_mask (B, L) int64, padded on the right, on the model's
+        device.
 
-        The suffix token (29871, an empty piece, in Llama's vocabulary) is what the official model was trained to see before
-        the first action token; without it success rates collapse.
+        The suffix token (29871, an empty piece, in Llama's vocabulary) is what the official model was trained to see
+        before the first action token; without it success rates collapse.
         """
         prompts = [PROMPT.format(instruction=text.lower()) for text in instructions]
         rows = [encoded.ids + [self.suffix_token_id] for encoded in self.tokenizer.encode_batch(prompts)]
@@ -443,7 +467,7 @@ class OpenVLA(nn.Module):
     # ---- the sequence ----------------------------------------------------------------------------------------------
 
     def _rope(self, device):
-        """(cos, sin), each (max positions, head_dim): angles in float32, then the model's dtype, as transformers does."""
+        """(cos, sin), each (max positions, head_dim): angles in float32, then the model's dtype."""
         key = (device, self.dtype)
         if key not in self._rope_tables:
             half = self.text["hidden_size"] // self.text["num_attention_heads"] // 2
@@ -453,11 +477,13 @@ class OpenVLA(nn.Module):
             self._rope_tables[key] = torch.cat((cos, cos), -1).to(self.dtype), torch.cat((-sin, sin), -1).to(self.dtype)
         return self._rope_tables[key]
 
-    def _hidden(self, input_ids, attention_mask, pixel_values, patch_embeddings, tokens=None, cache=None):
-        """Run the language model once over BOS, patches, prompt and (optionally) `tokens` (B, K) behind each row's prompt.
+    def _states(self, input_ids, attention_mask, pixel_values, patch_embeddings, count, offset=0, tokens=None,
+                cache=None):
+        """Run the language model once over BOS, patches, prompt and (optionally) `tokens` (B, K) behind each prompt.
 
-        Returns hidden states (B, S, d) BEFORE the final norm, and last (B,): the sequence position of each row's last prompt
-        token. The state at last + k predicts action token k.
+        Returns the normed states (B, count, d) from `offset` behind each row's last prompt token on (the state at
+        offset k predicts action token k), or of the whole sequence for count None; and last (B,), the position of that
+        token. The last layer computes only the states asked for, which saves most of a quarter of openvla-tiny's work.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -466,30 +492,27 @@ class OpenVLA(nn.Module):
         lengths = attention_mask.sum(1)
         if patch_embeddings is None:
             patch_embeddings = self.embed_images(pixel_values)
-        patches, appended = patch_embeddings.shape[1], 0 if tokens is None else tokens.shape[1]
-        total = patches + input_ids.shape[1] + ACTION_DIM
-        if total > self.text["max_position_embeddings"]:
-            raise UserError(f"prompt too long: {patches} patches + {input_ids.shape[1]} prompt tokens + {ACTION_DIM} action tokens "
-                            f"exceed the model's {self.text['max_position_embeddings']} positions; shorten the instruction")
-        if appended:  # over the padding, so that every row's sequence is gapless
-            input_ids = F.pad(input_ids, (0, appended), value=self.text["pad_token_id"])
-            slots = lengths[:, None] + torch.arange(appended, device=lengths.device)
-            input_ids = input_ids.scatter(1, slots, tokens)
+        patches, limit = patch_embeddings.shape[1], self.text["max_position_embeddings"]
+        if patches + input_ids.shape[1] + ACTION_DIM > limit:
+            raise UserError(f"prompt too long: {patches} patches + {input_ids.shape[1]} prompt tokens + {ACTION_DIM} "
+                            f"action tokens exceed the model's {limit} positions; shorten the instruction")
+        if tokens is not None:  # over the padding, so that every row's sequence is gapless
+            steps = torch.arange(tokens.shape[1], device=lengths.device)
+            input_ids = F.pad(input_ids, (0, len(steps)), value=self.text["pad_token_id"])
+            input_ids = input_ids.scatter(1, lengths[:, None] + steps, tokens)
         x = self.language_model.model.embed_tokens(input_ids)
         x = torch.cat((x[:, :1], patch_embeddings.to(x.dtype), x[:, 1:]), dim=1)
+        last = patches + lengths - 1
+        at = None if count is None else last[:, None] + offset + torch.arange(count, device=last.device)
         cos, sin = (table[: x.shape[1]] for table in self._rope(x.device))
-        for i, layer in enumerate(self.language_model.model.layers):
+        layers = self.language_model.model.layers
+        for i, layer in enumerate(layers):
+            args = (x, cos, sin, None if cache is None else cache[i], None, None, at if i == len(layers) - 1 else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, None if cache is None else cache[i])
-        return x, patches + lengths - 1
-
-    def _at(self, hidden, last, count, offset=0):
-        """hidden (B, S, d) -> normed states (B, count, d) at last + offset ...: the only positions whose logits are needed."""
-        where = last[:, None] + offset + torch.arange(count, device=last.device)
-        picked = hidden.gather(1, where[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        return self.language_model.model.norm(picked)
+                x = layer(*args)
+        return self.language_model.model.norm(x), last
 
     def _logits(self, states, whole_vocabulary):
         """Normed states (..., d) -> float32 logits over the 256 action tokens, or over the whole vocabulary."""
@@ -500,19 +523,19 @@ class OpenVLA(nn.Module):
 
     def forward(self, input_ids, pixel_values=None, attention_mask=None, *, patch_embeddings=None):
         """Logits over the whole multimodal sequence (BOS, patches, text), as the official model returns them."""
-        hidden, _ = self._hidden(input_ids, attention_mask, pixel_values, patch_embeddings)
-        return Output(self.language_model.lm_head(self.language_model.model.norm(hidden)))
+        states, _ = self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=None)
+        return Output(self.language_model.lm_head(states))
 
     def prompt_state(self, input_ids, attention_mask=None, *, pixel_values=None, patch_embeddings=None):
         """(B, d): the normed state of the prompt's last token, which is what the value head reads."""
-        return self._at(*self._hidden(input_ids, attention_mask, pixel_values, patch_embeddings), 1)[:, 0]
+        return self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=1)[0][:, 0]
 
     def _teacher_forced(self, input_ids, attention_mask, action_tokens, pixel_values, patch_embeddings):
-        hidden, last = self._hidden(input_ids, attention_mask, pixel_values, patch_embeddings, action_tokens[:, :-1])
-        return self._at(hidden, last, ACTION_DIM)
+        return self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=ACTION_DIM,
+                            tokens=action_tokens[:, :-1])[0]  # (B, 7, d)
 
     def action_logits(self, input_ids, attention_mask, action_tokens, *, pixel_values=None, patch_embeddings=None):
-        """(B, 7, 256) float32: teacher-forced logits of the action bins, in token id order (`token_to_bin`). For training."""
+        """(B, 7, 256) float32: teacher-forced logits of the action bins, in token id order."""
         states = self._teacher_forced(input_ids, attention_mask, action_tokens, pixel_values, patch_embeddings)
         return self._logits(states, whole_vocabulary=False)
 
@@ -529,22 +552,26 @@ class OpenVLA(nn.Module):
 
     def text_after_actions_logits(self, input_ids, attention_mask, action_tokens, *, token_ids, pixel_values=None,
                                   patch_embeddings=None):
-        """(B, len(token_ids)) float32: next-token logits behind prompt + 7 action tokens (the reward model's question)."""
-        hidden, last = self._hidden(input_ids, attention_mask, pixel_values, patch_embeddings, action_tokens)
-        return F.linear(self._at(hidden, last, 1, ACTION_DIM)[:, 0], self.language_model.lm_head.weight[token_ids]).float()
+        """(B, len(token_ids)) float32: next-token logits behind prompt + 7 action tokens, for the RPRM."""
+        states, _ = self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=1, offset=ACTION_DIM,
+                                 tokens=action_tokens)
+        return F.linear(states[:, 0], self.language_model.lm_head.weight[token_ids]).float()
 
     # ---- acting ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate_actions(self, input_ids, pixel_values=None, attention_mask=None, *, patch_embeddings=None, temperature=0.0,
-                         whole_vocabulary=False, generator=None):
+    def generate_actions(self, input_ids, pixel_values=None, attention_mask=None, *, patch_embeddings=None,
+                         temperature=0.0, whole_vocabulary=False, generator=None):
         """Sample (temperature > 0) or pick greedily (0) the 7 action tokens of every row.
 
-        generator: None, one torch.Generator, or a list with one per row (a row's tokens then do not depend on its batch).
-        logprobs are those of the chosen tokens in the very distribution sampled from; greedy ones are at temperature 1.
+        generator: None, one torch.Generator, or a list with one per row (a row's tokens then do not depend on its
+            batch); on the CPU, whatever the model's device.
+        whole_vocabulary: sample over all tokens, as officially, instead of the 256 action tokens. The tail of a
+            32,000-word vocabulary at temperature 1.5 is noise, and a word there decodes to an extreme action.
+        logprobs are those of the chosen tokens in the very distribution sampled from; greedy ones at temperature 1.
 
-        The prompt runs once; each further token is one position through a key-value cache of fixed size. Row i's new token
-        takes slot last_i + 1 + k, over the padding, and sees the slots up to its own.
+        The prompt runs once; each further token is one position through a key-value cache of fixed size. Row i's new
+        token takes slot last_i + 1 + k, over the padding, and sees the slots up to its own.
         """
         batch, text = len(input_ids), self.text
         head_dim = text["hidden_size"] // text["num_attention_heads"]
@@ -552,8 +579,7 @@ class OpenVLA(nn.Module):
         slots = patches + input_ids.shape[1] + ACTION_DIM - 1
         shape = (text["num_hidden_layers"], 2, batch, text["num_attention_heads"], slots, head_dim)
         cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        hidden, last = self._hidden(input_ids, attention_mask, pixel_values, patch_embeddings, cache=cache)
-        state = self._at(hidden, last, 1)
+        state, last = self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=1, cache=cache)
         uniforms = _uniforms(batch, generator).to(self.device) if temperature > 0 else None
         table_cos, table_sin = self._rope(self.device)
         first = 0 if whole_vocabulary else self.action_tokenizer.first
@@ -591,7 +617,7 @@ class OpenVLA(nn.Module):
         return np.where(mask, 0.5 * (x + 1) * (high - low) + low, x)
 
     def encode_actions(self, actions, unnorm_key=None):
-        """actions (B, 7) in policy convention -> tokens (B, 7) int64 numpy: the inverse of `decode_actions`, clipped."""
+        """actions (B, 7) in policy convention -> tokens (B, 7) int64 numpy: inverse of `decode_actions`, clipped."""
         low, high, mask = self._stats(unnorm_key)
         x = np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
         return self.action_tokenizer.encode(x)
@@ -612,7 +638,7 @@ class OpenVLA(nn.Module):
                 nn.init.ones_(p)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # residual scaling: variance does not grow with depth
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # or the residual stream grows with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(depth), generator=generator)
             else:
                 nn.init.trunc_normal_(p, std=0.02, generator=generator)
@@ -620,15 +646,15 @@ class OpenVLA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a directory in the official layout, or a hub id. One tensor at a time: beside the model, host memory holds
-        no more than one shard. Raises UserError for everything that can be wrong with the files."""
+        """Load a directory in the official layout, or a hub id. One tensor at a time: beside the model, host memory
+        holds no more than one shard. Raises UserError for everything that can be wrong with the files."""
         folder = _checkpoint_folder(path)
         config = _read_json(folder / "config.json")
         try:
             with torch.device("meta"):
                 model = cls(config)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}/config.json is not an OpenVLA configuration: {error!r} is missing or wrong") from error
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}/config.json is not an OpenVLA configuration: {error!r}") from error
         expected, found = {name: p.shape for name, p in model.named_parameters()}, {}
         with explain_out_of_memory("the weights do not fit; use --model openvla-tiny or a larger GPU"):
             for shard in _shards(folder):
@@ -640,26 +666,27 @@ class OpenVLA(nn.Module):
                                 model.unused[name] = tensor.clone()
                                 continue
                             if tensor.shape != expected[name]:
-                                raise UserError(f"{shard}: {name} has shape {tuple(tensor.shape)}, but config.json implies "
-                                                f"{tuple(expected[name])}")
+                                raise UserError(f"{shard}: {name} has shape {tuple(tensor.shape)}, but config.json "
+                                                f"implies {tuple(expected[name])}")
                             found[name] = tensor.to(device, dtype, copy=True)  # a copy: the original is the mapped file
                 except (SafetensorError, OSError) as error:
-                    raise UserError(f"{shard} cannot be read (truncated?): {error}; download or save it again") from error
+                    raise UserError(f"{shard} cannot be read (truncated?): {error}; get it again") from error
         if missing := sorted(expected.keys() - found.keys()):
             raise UserError(f"{folder}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}")
         model.load_state_dict(found, assign=True)
-        for file in folder.iterdir():  # tokenizer, processor, official code: small files that saving must bring along
-            if file.suffix in (".json", ".py", ".txt", ".model", ".jinja", ".md") and not file.name.endswith(".index.json"):
-                model.side_files[file.name] = file.read_bytes()
-        del model.side_files["config.json"]
-        if model.side_files.pop("dataset_statistics.json", None) is not None:  # a fine-tuned checkpoint's own statistics
+        for name in SIDE_FILES:
+            if (folder / name).is_file():
+                model.side_files[name] = (folder / name).read_bytes()
+        if (folder / "dataset_statistics.json").is_file():  # a fine-tuned checkpoint's own statistics go first
             model.norm_stats = _read_json(folder / "dataset_statistics.json")
         return model
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
-        """Write the official layout, unused tensors included, so that the official code loads it. Loading what this wrote gives
-        every tensor back bit for bit (at the dtype that the model has)."""
+        """Write the official layout, unused tensors included, so that the official code loads it. Loading what this
+        wrote gives every tensor back bit for bit (at the dtype that the model has)."""
         tensors = {name: p.detach() for name, p in self.named_parameters()} | self.unused
+        if any("lora_" in name for name in tensors):
+            raise ValueError("this model carries LoRA adapters: save ActorCritic.merge_policy() or save_adapters()")
         shards, size = [{}], 0
         for name in sorted(tensors):
             if size and size + tensors[name].nbytes > max_shard_bytes:
@@ -671,7 +698,8 @@ class OpenVLA(nn.Module):
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         with _replace_files(directory, stale=("model*.safetensors*", "dataset_statistics.json")) as part:
             for name, shard in zip(names, shards):
-                save_file({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, part / name, {"format": "pt"})
+                shard = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
+                save_file(shard, part / name, {"format": "pt"})
             if len(shards) > 1:
                 weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
                 index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
@@ -684,7 +712,8 @@ class OpenVLA(nn.Module):
 
 @contextlib.contextmanager
 def _replace_files(directory, stale=()):
-    """Yield an empty directory beside `directory`; afterwards drop the stale patterns and move everything in, config.json last.
+    """Yield an empty directory beside `directory`; afterwards drop the stale patterns and move everything in,
+    config.json last.
 
     A full disk or a crash while writing gigabytes then leaves the old checkpoint as it was.
     """
@@ -720,7 +749,7 @@ def _uniforms(batch, generator):
 
 
 def _sample(log_p, u):
-    """Inverse CDF: the first token whose cumulative probability exceeds u. float64, or the tail of 32,064 tokens is lost."""
+    """Inverse CDF: the first token whose cumulative probability exceeds u. In float64 for the tail of 32,064 tokens."""
     cdf = log_p.double().exp().cumsum(-1)
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_max(log_p.shape[-1] - 1)
 
@@ -735,15 +764,16 @@ def _read_json(path):
 def _checkpoint_folder(path):
     folder = Path(path)
     if not folder.is_dir():
-        if len(folder.parts) != 2 or folder.is_absolute() or str(path).startswith("."):
-            raise UserError(f"no checkpoint at {path}: not a directory (and not a hub id such as openvla/openvla-7b)")
+        if len(folder.parts) != 2 or folder.is_absolute() or str(path).startswith(".") or folder.parent.is_dir():
+            raise UserError(f"no checkpoint at {path}: not a directory (nor a hub id such as openvla/openvla-7b)")
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.py", "*.txt", "*.model"]
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=patterns))
         except Exception as error:  # the hub client raises many kinds; each means "not available", and says why
-            raise UserError(f"no directory {path} here, and the hub did not give it: {error}") from error
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"no directory {path} here, and the model hub did not give it: {reason}") from error
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no config.json")
     return folder
@@ -771,30 +801,32 @@ CRITICS = ("adapter", "shared", "separate")
 
 
 class ActorCritic(nn.Module):
-    """Policy and value model for PPO. The paper's critic is "homogeneous": a second OpenVLA with a value head. Here that second
-    OpenVLA is a second LoRA adapter, which costs megabytes instead of 15 GB.
+    """Policy and value model for PPO. The paper's critic is "homogeneous": a second OpenVLA with a value head. Here
+    that second OpenVLA is a second LoRA adapter, which costs megabytes instead of 15 GB.
 
     lora_rank, lora_alpha: of both adapters. No dropout, it would make the ratio of Eq. 2 noisy.
-    targets: "all" linear layers as in the release, or "language": the vision side then never changes (`vision_frozen`), so
-        patch embeddings are constants that a caller may compute once and pass everywhere as `patch_embeddings`.
-    critic: "adapter" (default), "shared" (the value head reads the policy adapter's state; the value loss reaches that
-        adapter), "separate" (a second copy of the backbone, as in the release).
+    targets: "all" linear layers as in the release, or "language": the vision side then never changes
+        (`vision_frozen`), so patch embeddings are constants that a caller may compute once and pass everywhere as
+        `patch_embeddings`.
+    critic: "adapter" (default), "shared" (the value head reads the policy adapter's state; the value loss reaches
+        that adapter), "separate" (a second copy of the backbone, as in the release).
     whole_vocabulary: sample over all tokens instead of the 256 action tokens; `evaluate_actions` follows.
 
-    Only adapters and value head have gradients. They stay float32 on a bfloat16 backbone: at a learning rate of 2e-5 an Adam step
-    is smaller than bfloat16's rounding.
+    Takes the model over: its weights freeze and its linear layers get adapters (set `gradient_checkpointing` before).
+    Only adapters and value head have gradients. They stay float32 on a bfloat16 backbone: at a learning rate of 2e-5
+    an Adam step is smaller than bfloat16's rounding.
     Raises UserError for an unknown `targets` or `critic` and a rank below 1.
     """
 
     def __init__(self, model, lora_rank=32, lora_alpha=16, targets="all", critic="adapter", whole_vocabulary=False):
         super().__init__()
-        from peft import LoraConfig  # here, not at the top: peft takes 3 seconds to import, and environment workers need none
+        from peft import LoraConfig  # not at the top: it takes seconds to import, and only training needs it
 
         if targets not in LORA_TARGETS or critic not in CRITICS or lora_rank < 1:
             raise UserError(f"LoRA targets {targets!r}, critic {critic!r}, rank {lora_rank}: targets can be "
                             f"{' or '.join(LORA_TARGETS)}, critic {', '.join(CRITICS)}, rank 1 or more")
         self.critic, self.vision_frozen, self.whole_vocabulary = critic, targets == "language", whole_vocabulary
-        self.lora_config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=LORA_TARGETS[targets])
+        self.lora_config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS[targets])
         model.requires_grad_(False)
         with explain_out_of_memory("the critic does not fit; use --critic adapter"):
             self.critic_model = copy.deepcopy(model) if critic == "separate" else None
@@ -810,19 +842,19 @@ class ActorCritic(nn.Module):
         for parameter in (*self._lora_parameters("policy").values(), *self._lora_parameters("critic").values()):
             parameter.data = parameter.data.float()
         self._layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        self._switched = [p for name, p in model.named_parameters() if "lora_" in name]
         self._active = None
         self._merged, self._merged_is_current = [None], False  # in a list: not a submodule, so not in state_dict
         self._use("policy")
 
     def _use(self, adapter):
-        """Switch the shared backbone to an adapter. peft freezes the one that it switches off; both must stay trainable, or
-        gradients that are still to come would be dropped without a word."""
+        """Switch the shared backbone to an adapter. peft freezes the one that it switches off; both must stay
+        trainable, or gradients that are still to come would be dropped without a word."""
         if self.critic == "adapter" and adapter != self._active:
             for layer in self._layers.values():
                 layer.set_adapter(adapter)
-            for name, parameter in self.model.named_parameters():
-                if "lora_" in name:
-                    parameter.requires_grad_(True)
+            for parameter in self._switched:
+                parameter.requires_grad_(True)
             self._active = adapter
 
     def _lora_parameters(self, adapter):
@@ -839,7 +871,7 @@ class ActorCritic(nn.Module):
 
     def _check_images(self, patch_embeddings):
         if patch_embeddings is not None and not self.vision_frozen:
-            raise ValueError("LoRA trains the vision side (targets='all'), so patch embeddings go stale: pass pixel_values")
+            raise ValueError("LoRA trains the vision side (targets='all'): pass pixel_values, not patch_embeddings")
 
     @torch.no_grad()
     def embed_images(self, pixel_values):
@@ -849,9 +881,13 @@ class ActorCritic(nn.Module):
         return self.model.embed_images(pixel_values)
 
     @torch.no_grad()
-    def act(self, input_ids, attention_mask=None, *, pixel_values=None, patch_embeddings=None, temperature=1.0, generator=None):
-        """One decision per row, for a rollout -> tokens (B, 7) int64, logprobs (B, 7) float32 (of exactly these tokens, at this
-        temperature: the behaviour policy of Eq. 2), values (B,) float32. `generator` as in `generate_actions`."""
+    def act(self, input_ids, attention_mask=None, *, pixel_values=None, patch_embeddings=None, temperature=1.0,
+            generator=None):
+        """One decision per row, for a rollout -> tokens (B, 7) int64, logprobs (B, 7) float32, values (B,) float32.
+
+        The log-probs are of exactly these tokens at this temperature: Eq. 2's behaviour policy. `generator` as in
+        `generate_actions`.
+        """
         self._check_images(patch_embeddings)
         with explain_out_of_memory("lower --num-envs"):
             if self._merged_is_current:
@@ -859,14 +895,15 @@ class ActorCritic(nn.Module):
             else:
                 self._use("policy")
                 policy = self.model
-            actions = policy.generate_actions(input_ids, pixel_values, attention_mask, patch_embeddings=patch_embeddings,
-                                              temperature=temperature, whole_vocabulary=self.whole_vocabulary, generator=generator)
-            values = self.value(input_ids, attention_mask, pixel_values=pixel_values, patch_embeddings=patch_embeddings)
+            images = dict(pixel_values=pixel_values, patch_embeddings=patch_embeddings)
+            actions = policy.generate_actions(input_ids, attention_mask=attention_mask, **images, generator=generator,
+                                              temperature=temperature, whole_vocabulary=self.whole_vocabulary)
+            values = self.value(input_ids, attention_mask, **images)
         return *actions, values
 
     def evaluate_actions(self, input_ids, attention_mask, action_tokens, *, pixel_values=None, patch_embeddings=None,
                          temperature=1.0):
-        """Log-probs and entropies (B, 7) of given actions under the current policy, with gradients: Eq. 1's summands."""
+        """Log-probs and entropies (B, 7) of given actions under the current policy, with gradients."""
         self._check_images(patch_embeddings)
         self._use("policy")
         self._merged_is_current &= not torch.is_grad_enabled()  # an update follows: the merged copy will be out of date
@@ -876,30 +913,33 @@ class ActorCritic(nn.Module):
                                                whole_vocabulary=self.whole_vocabulary)
 
     def value(self, input_ids, attention_mask=None, *, pixel_values=None, patch_embeddings=None):
-        """V(o) (B,) float32, read from the state of the prompt's last token: before any action token, so of the state alone."""
+        """V(o) (B,) float32, read from the prompt's last state: before any action token, so of o alone."""
         self._check_images(patch_embeddings)
         self._use("policy" if self.critic == "shared" else "critic")
         model = self.critic_model if self.critic == "separate" else self.model
-        state = model.prompt_state(input_ids, attention_mask, pixel_values=pixel_values, patch_embeddings=patch_embeddings)
+        state = model.prompt_state(input_ids, attention_mask, pixel_values=pixel_values,
+                                   patch_embeddings=patch_embeddings)
         return self.value_head(state.float())[:, 0]
 
     # ---- merging and files -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge_policy(self, into=None):
-        """A plain OpenVLA with W + scaling x B A in place of W and its policy adapter: saveable, and faster to act with.
+        """A plain OpenVLA with W + scaling x B A in place of W and its policy adapter: saveable, and faster in
+        rollouts.
 
-        A copy, instead of peft's merge and unmerge in place: in bfloat16 W + D - D is not W, and a backbone that drifts with every
-        rollout would drift the critic too. Weights without an adapter are shared with this model. into: an earlier result of
-        this method, refreshed in place (same memory, so compiled code and CUDA graphs stay valid).
+        A copy, instead of peft's merge and unmerge in place: in bfloat16 W + D - D is not W, and a backbone that
+        drifts with every rollout would drift the critic too. Weights without an adapter are shared with this model.
+        into: an earlier result of this method, refreshed in place (same memory, so compiled code and CUDA graphs
+        stay valid).
         """
-        base = {name.replace(".base_layer.", "."): p for name, p in self.model.named_parameters() if "lora_" not in name}
-        merged = into
+        source, merged = self.model, into
+        base = {name.replace(".base_layer.", "."): p for name, p in source.named_parameters() if "lora_" not in name}
         if merged is None:
             with torch.device("meta"):
-                merged = OpenVLA(self.model.config)
+                merged = OpenVLA(source.config)
             merged.load_state_dict(base, assign=True)
-            merged.norm_stats, merged.unused, merged.side_files = self.model.norm_stats, self.model.unused, self.model.side_files
+            merged.norm_stats, merged.unused, merged.side_files = source.norm_stats, source.unused, source.side_files
             merged.requires_grad_(False)
         for name, layer in self._layers.items():
             weight, module = base[f"{name}.weight"], merged.get_submodule(name)
@@ -911,25 +951,26 @@ class ActorCritic(nn.Module):
         return merged
 
     def merge_for_rollout(self):
-        """Let `act` use a merged copy until the next `evaluate_actions` with gradients. Costs a second set of the adapted weights."""
+        """Let `act` use a merged copy until the next `evaluate_actions` with gradients. Costs a set of weights."""
         with explain_out_of_memory("no room for a merged copy of the policy; turn merging off"):
             self._merged[0] = self.merge_policy(self._merged[0])
         self._merged_is_current = True
 
     def save_adapters(self, directory):
-        """policy/ and critic/ in peft's format (PeftModel.from_pretrained reads them on the official model too), and the head."""
+        """policy/ and critic/ in peft's format (it reads them on the official model too), and the value head."""
         with _replace_files(directory) as part:
             for adapter in ("policy", "critic"):
                 if tensors := self._lora_parameters(adapter):
                     (part / adapter).mkdir()
                     self.lora_config.save_pretrained(part / adapter)
-                    save_file({f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in tensors.items()},
-                              part / adapter / "adapter_model.safetensors")
-            save_file({name: p.detach().cpu() for name, p in self.value_head.named_parameters()}, part / "value_head.safetensors")
+                    tensors = {f"base_model.model.{name}": p.detach().cpu() for name, p in tensors.items()}
+                    save_file(tensors, part / adapter / "adapter_model.safetensors")
+            head = {name: p.detach().cpu() for name, p in self.value_head.named_parameters()}
+            save_file(head, part / "value_head.safetensors")
 
     @torch.no_grad()
     def load_adapters(self, directory):
-        """Read what `save_adapters` wrote. Raises UserError if a file is missing, damaged or of another rank or other targets."""
+        """Read what `save_adapters` wrote. Raises UserError if a file is missing, damaged or does not fit."""
         directory = Path(directory)
         files = {directory / "value_head.safetensors": dict(self.value_head.named_parameters())}
         for adapter in ("policy", "critic"):
@@ -943,7 +984,7 @@ class ActorCritic(nn.Module):
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
             if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
-                raise UserError(f"{path} does not fit this model: other LoRA rank, targets or model size than it was saved with")
+                raise UserError(f"{path} was saved with another LoRA rank, other LoRA targets or another model size")
             loaded += [(parameters[name], tensor) for name, tensor in tensors.items()]
         for parameter, tensor in loaded:
             parameter.copy_(tensor)
@@ -954,7 +995,7 @@ def _add_adapter(model, config, name):
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one model are the point here
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are the point here
         return inject_adapter_in_model(config, model, name)
 
 
@@ -962,7 +1003,8 @@ def _add_adapter(model, config, name):
 # openvla-tiny
 # --------------------------------------------------------------------------------------------------------------------
 
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<act>", "1", "0")  # ids 0, 1, 2 as in Llama; <act> plays 29871; 1 / 0: success or not
+# Ids 0, 1, 2 as in Llama; <act> plays 29871's part; "1" and "0" are the reward model's answers, success and no success.
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<act>", "1", "0")
 
 
 def libero_words():
@@ -976,8 +1018,8 @@ def libero_words():
 
 
 def tiny_tokenizer(words, action_bins=256):
-    """One token a word, laid out like Llama's vocabulary: specials, words, spare ids up to a multiple of 64, the 256 action
-    tokens, then PAD as the first of the 64 padding rows."""
+    """One token a word, laid out like Llama's vocabulary: specials, words, spare ids up to a multiple of 64, the 256
+    action tokens, then PAD as the first of the 64 padding rows."""
     template = PROMPT.format(instruction="").lower().replace(":", " : ").replace("?", " ? ").split()
     vocabulary = list(SPECIAL_TOKENS) + sorted({*words, *template, "task", "is", "it", "completed"})
     vocabulary += [f"<spare_{i}>" for i in range(-len(vocabulary) % 64)]
@@ -989,9 +1031,9 @@ def tiny_tokenizer(words, action_bins=256):
     return tokenizer
 
 
-def tiny_config(words=None, image_size=112, patch_size=16, vision_width=96, vision_blocks=4, vision_heads=4, width=128, layers=4,
-                heads=4, mlp=352, action_repeat=4, max_positions=256):
-    """config.json of openvla-tiny: the official fields with small numbers. Of `vision_blocks`, all but the last compute."""
+def tiny_config(words=None, image_size=112, patch_size=16, vision_width=96, vision_blocks=4, vision_heads=4,
+                width=128, layers=4, heads=4, mlp=352, action_repeat=4, max_positions=256):
+    """config.json of openvla-tiny: the official fields with small numbers. A tower's last block is never computed."""
     tokenizer = tiny_tokenizer(libero_words() if words is None else words)
     tower = dict(hidden_size=vision_width, num_hidden_layers=vision_blocks, num_attention_heads=vision_heads,
                  intermediate_size=4 * vision_width, patch_size=patch_size, image_size=image_size)

@@ -1,28 +1,33 @@
 """Trajectory-level PPO on action tokens: storage of a rollout, advantages, losses, one update.
 
 The idea (Section 3.3 of the paper). A robot episode is a conversation: at every step the model reads an image and the
-instruction and answers with 7 tokens, which are one action. To the environment only the whole answer exists, so PPO's unit is
-the *action*, not the token:
+instruction and answers with 7 tokens, which are one action. To the environment only the whole answer exists, so PPO's
+unit is the *action*, not the token:
 
-    log pi(a_t | o_t, v_in) = sum_{i=1..7} log pi(token_i | token_<i, o_t, v_in)                                    (Eq. 1)
+    log pi(a_t | o_t, v_in) = sum_{i=1..7} log pi(token_i | token_<i, o_t, v_in)                          (Eq. 1)
     ratio_t = exp(log pi_new(a_t) - log pi_old(a_t))
-    maximise  E[ min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) ]                                            (Eq. 2)
+    maximise  E[ min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) ]                                  (Eq. 2)
 
-Clipping per token instead would let an action move by up to (1 + eps)^7 before the clip acts, and would give credit to tokens
-that the environment cannot tell apart.
+Clipping per token instead would let an action move by up to (1 + eps)^7 before the clip acts, and would give credit
+to tokens that the environment cannot tell apart.
 
 Three things must hold, or the algorithm silently becomes another one:
 
-- pi_old is the *behaviour* policy. Its log-probs are those of the sampled tokens, at the temperature of sampling, recorded
-  during the rollout and never recomputed. (Recomputing them in the update makes the ratio 1 for ever, and the clip dead.)
-  `losses/first_ratio_error` watches this: before the first optimiser step the update must reproduce the rollout's log-probs.
-- A time limit is not a terminal state. GAE cuts the sum between episodes in both cases, but only termination sets the value of
-  what follows to 0; truncation bootstraps from the value of the observation that the episode really ended in.
-- One optimiser step per mini-batch. Micro-batches exist for memory only, and any micro-batch size gives the same gradient.
+- pi_old is the *behaviour* policy. Its log-probs are those of the sampled tokens, at the temperature of sampling,
+  recorded during the rollout and never recomputed. (Recomputing them in the update makes the ratio 1 for ever, and
+  the clip dead.) `losses/first_ratio_error` watches this: before the first optimiser step the update must reproduce
+  the rollout's log-probs.
+- A time limit is not a terminal state. GAE cuts the sum between episodes in both cases, but only termination sets the
+  value of what follows to 0; truncation bootstraps from the value of the observation that the episode really ended
+  in.
+- One optimiser step per mini-batch. Micro-batches exist for memory only, and any micro-batch size gives the same
+  gradient.
 
-Nothing here knows OpenVLA. The update asks an actor-critic for four things (see `policy.ActorCritic`): `evaluate_actions`,
-`value`, `policy_parameters`, `critic_parameters`; the tests use a module of thirty lines.
-Left out: the KL penalty to the SFT policy, whose coefficient is 0 in the paper's runs. It would need a third set of weights.
+Nothing here knows OpenVLA. The update asks an actor-critic for four things (see `policy.ActorCritic`):
+`evaluate_actions`, `value`, `policy_parameters`, `critic_parameters`; the tests use a module of thirty lines.
+
+Left out: the KL penalty to the SFT policy, whose coefficient is 0 in the paper's runs. It would need a third set of
+weights.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +42,7 @@ ACTION_TOKENS = 7  # xyz, roll-pitch-yaw, gripper: one token each
 
 
 class NumericsError(UserError):
-    """NaN or infinity where a number belongs. Raised before the optimiser step, so the weights are still the last good ones.
+    """NaN or infinity where a number belongs. Raised before the optimiser step: the weights are the last good ones.
 
     quantity: what was not finite ("reward", "log-prob", "policy loss", …).
     indices: flat indices t * N + n of the transitions involved, or None when it is not tied to some.
@@ -87,11 +92,12 @@ class PPOConfig:
 class RolloutBuffer:
     """One rollout of T decisions in N environments: Algorithm 1's store (o, a, r, done, tokens, log-prob, V).
 
-    `observe` and `store` write step t; `finish` computes advantages; `ppo_update` reads. Tensors are allocated once and reused
-    by the next rollout. Everything lives on `device` of the buffer (the CPU by default) and mini-batches move to the model's.
+    `store_decision` and `store_outcome` write step t; `finish` computes advantages; `ppo_update` reads. Tensors are
+    allocated once and reused by the next rollout. Everything lives on `device` of the buffer (the CPU by default) and
+    mini-batches move to the model's.
 
-    Images are kept in the form that the model is fed: "patch_embeddings" (the projected features) where the vision side is
-    frozen, which saves the towers' forward pass in every epoch, else "pixel_values".
+    Images are kept in the form that the model is fed: "patch_embeddings" (the projected features) where the vision
+    side is frozen, which saves the towers' forward pass in every epoch, else "pixel_values".
     """
 
     num_steps: int  # T
@@ -149,7 +155,8 @@ class RolloutBuffer:
         width = input_ids.shape[1]
         if width > self.input_ids.shape[2]:  # a longer instruction than any so far; old rows get more padding
             extra = width - self.input_ids.shape[2]
-            self.input_ids, self.attention_mask = F.pad(self.input_ids, (0, extra)), F.pad(self.attention_mask, (0, extra))
+            self.input_ids = F.pad(self.input_ids, (0, extra))
+            self.attention_mask = F.pad(self.attention_mask, (0, extra))
         self.input_ids[t], self.attention_mask[t] = 0, 0  # the previous rollout's prompts may have been longer
         self.input_ids[t, :, :width] = input_ids
         self.attention_mask[t, :, :width] = attention_mask
@@ -173,12 +180,12 @@ class RolloutBuffer:
     def finish(self, last_values, gamma, lam):
         """Complete next_values and compute advantages and returns.
 
-        last_values (N,): V of the observations after the last step, Algorithm 1's bootstrap value V_M. Where an episode ended
-        at the last step this is the next episode's first observation, and it is not used.
+        last_values (N,): V of the observations after the last step, Algorithm 1's bootstrap value V_M. Where an
+        episode ended at the last step this is the next episode's first observation, and it is not used.
         """
         following = torch.cat([self.values[1:], last_values.to(self.values)[None]])  # (T, N)
-        # Where an episode went on, the observation after step t is the one that step t + 1 acted on. Where it ended, values[t + 1]
-        # belongs to the next episode: keep what store_outcome wrote.
+        # Where an episode went on, the observation after step t is the one that step t + 1 acted on. Where it ended,
+        # values[t + 1] belongs to the next episode: keep what store_outcome wrote.
         ended = self.terminated | self.truncated
         self.next_values = torch.where(ended, self.next_values, following)
         for quantity, tensor in (("reward", self.rewards), ("log-prob", self.log_probs), ("value", self.values)):
@@ -189,7 +196,8 @@ class RolloutBuffer:
         )
 
     def batch(self, indices, device):
-        """Transitions with flat indices t * N + n, as (observation keywords, action_tokens, log_probs, values, returns), on `device`.
+        """Transitions with flat indices t * N + n, on `device`: (observation as keyword arguments of the actor-critic,
+        action_tokens (B, 7), log_probs (B,), values (B,), returns (B,)).
 
         Prompts are cut to the longest of the batch, so that padding for one long instruction is not paid everywhere.
         """
@@ -218,21 +226,22 @@ def action_log_prob(token_log_probs):
 def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     """Generalised advantage estimation over a rollout that holds pieces of many episodes.
 
-    rewards, values, next_values: (T, N) float. values[t] = V(o_t); next_values[t] = V of the observation that really followed
-    step t, that is the *final* one where an episode ended, never the next episode's first.
+    rewards, values, next_values: (T, N) float. values[t] = V(o_t); next_values[t] = V of the observation that really
+    followed step t, that is the *final* one where an episode ended, never the next episode's first.
     terminated, truncated: (T, N) bool. Where both are set, termination wins.
     Returns (advantages, returns), both (T, N), returns = advantages + values.
 
         delta_t = r_t + gamma V(o_{t+1}) [not terminated] - V(o_t)
         A_t     = delta_t + gamma lam A_{t+1} [not terminated and not truncated]
 
-    The two brackets differ, and that is the whole point: after a time limit the future still has a value (first bracket), but
-    the next row of the buffer is another episode (second bracket).
+    The two brackets differ, and that is the whole point: after a time limit the future still has a value (first
+    bracket), but the next row of the buffer is another episode (second bracket).
     """
     shape = rewards.shape
     if len(shape) != 2:
         raise ValueError(f"rewards must be (T, N), not {tuple(shape)}")
-    for name, tensor in (("values", values), ("next_values", next_values), ("terminated", terminated), ("truncated", truncated)):
+    others = {"values": values, "next_values": next_values, "terminated": terminated, "truncated": truncated}
+    for name, tensor in others.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} but rewards is {tuple(shape)}")
     terminated, truncated = terminated.bool(), truncated.bool()
@@ -240,7 +249,7 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam)
     delta = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
     goes_on = (~(terminated | truncated)).to(delta.dtype)
     advantages = torch.zeros_like(delta)
-    following = torch.zeros_like(delta[0]) if len(delta) else None  # A_{t+1}; beyond the rollout the bootstrap stands for it
+    following = torch.zeros(shape[1:]).to(delta)  # (N,) A_{t+1}; beyond the rollout next_values stands for it
     for t in reversed(range(len(delta))):
         following = delta[t] + gamma * lam * goes_on[t] * following
         advantages[t] = following
@@ -250,10 +259,10 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam)
 def normalize_advantages(advantages, reduce_sum=None):
     """Advantages with mean 0 and standard deviation 1 over the whole rollout.
 
-    Over the rollout and not per mini-batch: with a sparse reward a mini-batch may hold no success at all, and scaling its
-    noise to unit variance would make it as loud as the one that does.
-    reduce_sum: sums a tensor over all ranks in place (torch.distributed.all_reduce), so that every rank uses the global mean
-    and deviation; None on one process.
+    Over the rollout and not per mini-batch: with a sparse reward a mini-batch may hold no success at all, and scaling
+    its noise to unit variance would make it as loud as the one that does.
+    reduce_sum: sums a tensor over all ranks in place (torch.distributed.all_reduce), so that every rank uses the
+    global mean and deviation; None on one process.
     """
     x = advantages.double()
     moments = torch.stack([torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.sum(), x.square().sum()])
@@ -262,15 +271,16 @@ def normalize_advantages(advantages, reduce_sum=None):
     count, total, squares = moments
     mean = total / count
     deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-    # All advantages equal (no reward yet, a constant critic): there is nothing to learn; 1e-8 keeps it 0 instead of NaN.
+    # All advantages equal (no reward yet, a constant critic): there is nothing to learn; 1e-8 keeps it 0 instead of
+    # NaN.
     return ((x - mean) / (deviation + 1e-8)).to(advantages.dtype)
 
 
 def policy_loss(log_probs, old_log_probs, advantages, clip):
     """Eq. 2 as a loss, per action. All (B,); log-probs are action-level (Eq. 1), old ones the behaviour policy's.
 
-    Returns (loss (B,), ratio (B,)). The minimum makes the bound pessimistic: the clip takes away the reward of moving further
-    in the direction that the advantage favours, never the gradient that brings a bad move back.
+    Returns (loss (B,), ratio (B,)). The minimum makes the bound pessimistic: the clip takes away the reward of moving
+    further in the direction that the advantage favours, never the gradient that brings a bad move back.
     """
     ratio = (log_probs - old_log_probs).exp()
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -278,8 +288,10 @@ def policy_loss(log_probs, old_log_probs, advantages, clip):
 
 
 def value_loss(values, old_values, returns, value_clip):
-    """Squared error of the critic, per state (B,), clipped like the policy: 1/2 max((V - R)^2, (V_clipped - R)^2), where V_clipped
-    is at most `value_clip` away from the estimate of the rollout. value_clip = 0 turns clipping off."""
+    """Squared error of the critic, per state (B,), clipped like the policy: 1/2 max((V - R)^2, (V_clipped - R)^2).
+
+    V_clipped is at most `value_clip` away from the estimate of the rollout. value_clip = 0 turns clipping off.
+    """
     loss = (values - returns).square()
     if value_clip > 0:
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
@@ -288,7 +300,7 @@ def value_loss(values, old_values, returns, value_clip):
 
 
 def explained_variance(values, returns):
-    """1 - Var(R - V) / Var(R): 1 = the critic knows the return, 0 = no better than a constant. 0 where the return is constant."""
+    """1 - Var(R - V) / Var(R): 1 = the critic knows the return, 0 = no better than a constant, or a constant return."""
     variance = returns.var(unbiased=False)
     if variance == 0:
         return 0.0
@@ -307,12 +319,13 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
         evaluate_actions(action_tokens=(B, 7), temperature=…, **observation) -> log_probs (B, 7), entropy (B, 7)
         value(**observation) -> (B,)
         policy_parameters(), critic_parameters() -> iterables of parameters
-    train_policy: False during critic warm-up, when only the critic learns, on rollouts of the imitation policy: a policy that
-        follows the advantages of an untrained critic forgets what it knew (80.0 instead of 90.2 % in Table 2).
+    train_policy: False during critic warm-up, when only the critic learns, on rollouts of the imitation policy: a
+        policy that follows the advantages of an untrained critic forgets what it knew (80.0 instead of 90.2 % in
+        Table 2).
     generator: CPU torch.Generator of the mini-batch order.
 
-    Policy and critic may share parameters. Those belong in `policy_parameters()`: both losses add to their gradient, and in a
-    critic-only update they stay where they are.
+    Policy and critic may share parameters. Those belong in `policy_parameters()`: both losses add to their gradient,
+    and in a critic-only update they stay where they are.
 
     Returns a dict of metrics, means over all samples of the update. The policy's are absent when it was not trained.
     Raises NumericsError before an optimiser step that would bring NaN or infinity into the weights.
@@ -321,7 +334,8 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     check_finite("return", buffer.returns)
     advantages = normalize_advantages(buffer.advantages) if cfg.normalize_advantages else buffer.advantages
     advantages = advantages.flatten()
-    policy_parameters, critic_parameters = list(actor_critic.policy_parameters()), list(actor_critic.critic_parameters())
+    policy_parameters = list(actor_critic.policy_parameters())
+    critic_parameters = list(actor_critic.critic_parameters())
     device = critic_parameters[0].device
     meters = {}
     first_ratio_error = 0.0
@@ -330,7 +344,8 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
 
     for _ in range(cfg.epochs):
         order = torch.randperm(buffer.size, generator=generator)
-        # Equal parts instead of full ones and a rest: a last mini-batch of three samples would move the weights as far as the others.
+        # Equal parts instead of full ones and a rest: a last mini-batch of three samples would move the weights as
+        # far as the others.
         for minibatch in order.tensor_split(-(-buffer.size // cfg.minibatch_size)):
             policy_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.zero_grad(set_to_none=True)
@@ -342,8 +357,8 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
                 # Each loss is a mean over the mini-batch: sums over micro-batches, divided by the size of the whole.
                 weight = 1 / len(minibatch)
 
-                # The policy's backward pass comes before the critic's forward pass: an actor-critic may switch adapters in place
-                # between the two, and only one graph has to fit in memory.
+                # The policy's backward pass comes before the critic's forward pass: an actor-critic may switch
+                # adapters in place between the two, and only one graph has to fit in memory.
                 if update_policy:
                     token_log_probs, token_entropy = actor_critic.evaluate_actions(
                         action_tokens=tokens, temperature=cfg.temperature, **observation
@@ -356,7 +371,8 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
                     total.backward()
                     with torch.no_grad():
                         log_ratio = log_probs - old_log_probs
-                        # E[(r - 1) - log r] estimates KL(old || new) without bias and is never negative (Schulman's k3).
+                        # E[(r - 1) - log r] estimates KL(old || new) without bias and is never negative (Schulman's
+                        # k3).
                         kl = (ratio - 1 - log_ratio).sum()
                         minibatch_kl += float(kl) * weight
                         if policy_steps == 0:

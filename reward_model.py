@@ -1,8 +1,8 @@
 r"""RPRM, the robotic process reward model (paper, section 3.4): a dense reward learned without human labels.
 
-The idea. LIBERO pays 1 at the end of an episode and 0 before, which is little to learn from. A vision-language model that has
-seen successful trajectories can say earlier whether a step makes progress. The labels it learns from cost nothing, because
-manipulation has a rhythm that the robot itself measures:
+The idea. LIBERO pays 1 at the end of an episode and 0 before, which is little to learn from. A vision-language model
+that has seen successful trajectories can say earlier whether a step makes progress. The labels it learns from cost
+nothing, because manipulation has a rhythm that the robot itself measures:
 
     gripper   open ________________                  ____________
                                    \________________/                milestones: the gripper's opening changes
@@ -16,28 +16,32 @@ The model is OpenVLA itself, started from the imitation policy and fine-tuned by
 
 During RL it is frozen; its score p("1") / (p("1") + p("0")) enters the reward through `shaping_reward`.
 
-    python reward_model.py label    --demos demos/libero_object --plot out/labels     look at the labels first
-    python reward_model.py train    --demos ... --policy <sft checkpoint> --out <dir>  the model, with held-out metrics
-    python reward_model.py score    --demos ... --rprm <dir> --plot out/scores        scores of recorded trajectories
-    python reward_model.py evaluate --suite ... --rprm <dir> --policy <dir>           is it safe to optimise? (simulator)
+    python reward_model.py label --demos data/libero_object --plot out/labels    look at the labels first
+    python reward_model.py train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
+    python reward_model.py score --demos ... --rprm <rprm> --plot out/scores     scores of recorded trajectories
+    python reward_model.py evaluate --suite ... --rprm <rprm> --policy <sft>     is it safe to optimise? (simulator)
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, atomic_write, main_guard, parse_command, safe_name
+from demos import demo_files, demo_path, read_demos, write_demos
 from policy import ACTION_DIM, OpenVLA
 
 CONTROL_HZ = 20.0  # LIBERO's control steps per second
 STROKE = 0.08  # metres between the fingers of the open Panda gripper
+COMMAND_SPEED = 0.25  # m/s of the hand under a full translation command
 
 # --------------------------------------------------------------------------------------------------------------------
 # Pseudo labels: numpy only, no model
@@ -48,11 +52,14 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Parameters of the label rule. Times are in seconds, so that files at 20 Hz (official) and at 5 Hz (one row = 4 control
-    steps) get the same labels; each is converted to at least one row where a zero would make the rule void."""
+    """Parameters of the label rule.
+
+    Times are in seconds, so that files at 20 Hz (official) and at 5 Hz (one row = 4 control steps) get the same labels.
+    """
 
     gripper_change: float = 0.01  # metres; a swing of the opening smaller than this is noise or a slipping object
     gripper_still: float = 0.03  # m/s; fingers slower than this have arrived, and the new segment starts there
+    slip: float = 0.6  # seconds; a change of the gripper that is taken back sooner is none
     near_zero: float = 0.2  # "near zero" speed, as a fraction of the trajectory's 90th-percentile speed
     window: float = 0.6  # seconds before a keyframe (its own row included) whose actions are positive
     margin: float = 0.2  # seconds after a keyframe that carry no label: image and action look like the keyframe's own
@@ -76,6 +83,7 @@ class Labels:
 
 PROBLEMS = {
     "too_short": "fewer than two rows: no speed (not used)",
+    "lengths_differ": "not one position for each action (not used)",
     "not_finite": "NaN or infinity in position or actions (not used)",
     "no_keyframe": "the hand never comes to rest: nothing positive (not used)",
     "no_gripper_change": "one segment (used)",
@@ -84,10 +92,10 @@ PROBLEMS = {
 
 
 def gripper_openness(actions, gripper_states=None):
-    """(openness (T,) in metres, measured: bool) from `obs/gripper_states` (T, 2), else from the command in actions[:, 6].
+    """(openness (T,) in metres, measured: bool): from `obs/gripper_states` (T, 2), else from the command actions[:, 6].
 
-    Files of LIBERO write the command as -1 open, +1 close; it is scaled to the gripper's stroke so that one threshold in
-    metres serves both. The measurement is better: it sees the fingers stop on an object, and does not chatter.
+    Files of LIBERO write the command as -1 open, +1 close; it is scaled to the gripper's stroke so that one threshold
+    in metres serves both. The measurement is better: it sees the fingers stop on an object, and does not chatter.
     """
     if gripper_states is not None:
         states = np.asarray(gripper_states, np.float64)
@@ -96,16 +104,19 @@ def gripper_openness(actions, gripper_states=None):
     return (1.0 - np.asarray(actions, np.float64)[:, 6]) / 2.0 * STROKE, False
 
 
-def find_milestones(openness, change, still):
-    """Rows at which the gripper has finished to close or to open: openness (T,), `change` and `still` (per row) in metres.
+def find_milestones(openness, change, still, hold):
+    """Rows at which the gripper has finished to close or to open.
+
+    openness (T,), change and still (per row) in metres, hold in rows -> row indices, increasing.
 
     Hysteresis on the turning point. While closing we follow the smallest opening seen, while opening the largest; the
     direction turns once the opening has moved by `change` away from that extreme. Noise smaller than `change` can never
     turn it, wherever in the stroke it happens, whereas a bare threshold fires on every crossing (and a fixed pair of
     thresholds would take a wide object, at which the fingers stop half open, for an open gripper).
-    An opening before the first closing is the hand getting ready after reset, not a milestone: we start as "opening".
-    The milestone is the row at which the fingers have then stopped (they move less than `still` in the next row), so that the
-    closing belongs to the segment that it completes, and its actions lead to that segment's end.
+    The milestone is the row at which the fingers have then stopped (they move less than `still` in the next row), so
+    that the closing belongs to the segment that it completes, and its actions lead to that segment's end.
+    Not significant: an opening before the first closing, which is the hand getting ready after reset (we start as
+    "opening"), and a turn that is taken back within `hold` rows, which is a slip.
     """
     milestones, opening, extreme, turned = [], True, openness[0], False
     motion = np.append(np.abs(np.diff(openness)), 0.0)
@@ -114,37 +125,52 @@ def find_milestones(openness, change, still):
         if abs(value - extreme) >= change:
             opening, extreme, turned = not opening, value, True
         if turned and motion[t] < still:
-            milestones.append(t)
             turned = False
+            if milestones and t - milestones[-1] < hold:
+                milestones.pop()
+            else:
+                milestones.append(t)
     return milestones
 
 
 def find_keyframes(speed, milestones, near):
-    """Rows at which the hand comes to rest, looked for inside each segment: the first local minimum of each dip below `near`.
+    """Rows at which the hand comes to rest, inside each segment: local minima of the speed below `near`.
 
-    Rest, too, has hysteresis: after a keyframe the hand has to exceed 2 x `near` before it can come to rest again, so a long
-    stop is one keyframe (its arrival) and not one per wiggle. A stop that contains a milestone counts on both sides: the
-    first is the arrival at the object, the second the finished grasp. The stop that every episode starts with is none: no
-    action led to it.
+    Rest, too, has hysteresis: once below `near`, the hand is at rest until it exceeds 2 x `near`. One stop gives one
+    keyframe, its arrival (the first minimum), and not one per wiggle, or hovering would be all keyframes. The stop at
+    which a segment ends gives a second, the last minimum: there the gripper acts, or the task is done. The stop that an
+    episode or a segment starts with gives none: no action led to it.
     """
     keyframes = []
     bounds = [0, *milestones, len(speed)]
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        resting = start == 0
+        resting = True
+        arrival = last = None  # of the current stop
         for t in range(start, end):
-            if resting:
-                resting = speed[t] <= 2 * near
-            elif speed[t] < near and (t + 1 == end or speed[t] <= speed[t + 1]):
+            minimum = speed[t] < near and (t + 1 == end or speed[t] <= speed[t + 1])
+            if speed[t] > 2 * near:
+                resting, arrival, last = False, None, None
+            elif minimum and not resting:
                 keyframes.append(t)
-                resting = True
+                resting, arrival = True, t
+            elif minimum and arrival is not None:
+                last = t
+        if last is not None:
+            keyframes.append(last)
     return keyframes
 
 
-def label_trajectory(actions, ee_pos, gripper_states=None, action_repeat=1, rule=LabelRule(), success=True):
+def label_trajectory(
+    actions, ee_pos, gripper_states=None, action_repeat=1, rule=LabelRule(), *, success=True, disturbed=False
+):
     """Pseudo labels of section 3.4 for one trajectory.
 
     actions (T, 7) in the file convention, ee_pos (T, 3) in metres, gripper_states (T, 2) or None; one row is
-    `action_repeat` control steps. Never raises for what a file may contain: the result says what was wrong (`problems`).
+    `action_repeat` control steps. Never raises for what a file may contain: `problems` says what was wrong.
+
+    disturbed: the actions are clean labels, but something else was executed (the recoveries in the demonstrations of
+    demos.py). The hand, pushed about, then never comes to rest, and the speed that the actions ask for takes the place
+    of the measured one.
 
     A failed trajectory (success=False) has no positives. What the rule calls negative stays negative; a window before a
     keyframe is a hard negative only in the last segment, the one whose milestone was never reached. Windows of earlier
@@ -159,18 +185,23 @@ def label_trajectory(actions, ee_pos, gripper_states=None, action_repeat=1, rule
 
     if T < 2:
         return unusable("too_short")
+    if ee_pos.shape != (T, 3):
+        return unusable("lengths_differ")
     if not (np.isfinite(actions).all() and np.isfinite(ee_pos).all()):
         return unusable("not_finite")
 
-    steps = np.linalg.norm(np.diff(ee_pos, axis=0), axis=1) * rate  # (T-1,) m/s
-    speed = np.append(steps, steps[-1])  # the last row's action has no successor in the file
-    width = max(1, round(rule.smooth * rate)) // 2 * 2 + 1  # odd, so that the average is centred: 3 rows at 20 Hz, 1 at 5 Hz
+    if disturbed:
+        speed = np.linalg.norm(actions[:, :3], axis=1) * COMMAND_SPEED  # (T,) m/s
+    else:
+        steps = np.linalg.norm(np.diff(ee_pos, axis=0), axis=1) * rate  # (T - 1,) m/s
+        speed = np.append(steps, steps[-1])  # the last row's action has no successor in the file
+    width = max(1, round(rule.smooth * rate)) // 2 * 2 + 1  # odd, to be centred: 3 rows at 20 Hz, 1 at 5 Hz
     padded = np.pad(speed, width // 2, mode="edge")
     speed = np.convolve(padded, np.full(width, 1 / width), mode="valid")  # (T,)
     near = rule.near_zero * float(np.percentile(speed, 90))
 
     openness, measured = gripper_openness(actions, gripper_states)
-    milestones = find_milestones(openness, rule.gripper_change, rule.gripper_still / rate)
+    milestones = find_milestones(openness, rule.gripper_change, rule.gripper_still / rate, rule.slip * rate)
     keyframes = find_keyframes(speed, milestones, near)
     problems = [] if measured else ["gripper_from_command"]
     problems += [] if milestones else ["no_gripper_change"]
@@ -190,7 +221,7 @@ def label_trajectory(actions, ee_pos, gripper_states=None, action_repeat=1, rule
 
 
 class LabelSummary:
-    """Counts what the label rule met, so that nothing is dropped in silence: `add` each result, then `str()` for one line."""
+    """Counts what the label rule met, so that nothing is dropped in silence. `add` each result; `str()` is one line."""
 
     def __init__(self):
         self.trajectories = self.used = 0
@@ -260,26 +291,28 @@ def plot_trajectory(path, frames, result, title, scores=None):
             left, right = (np.array([start, end]) - 0.5) / result.rate
             for axis in axes[:-1]:
                 axis.axvspan(left, right, color=("tab:blue", "tab:orange")[number % 2], alpha=0.10, linewidth=0)
-            gripper_axis.text(left + 0.02, 82, f" segment {number + 1}", fontsize=8, va="bottom")
+            gripper_axis.text(left, 84, f" {number + 1}", fontsize=8, va="bottom")
         for k in result.keyframes:
             for axis in axes[:-1]:
                 axis.axvline(seconds[k], color="tab:red", linewidth=0.8, alpha=0.6)
         speed_axis.plot(seconds, 100 * result.speed, ".-", color="black", linewidth=1.2, markersize=4)
         speed_axis.axhline(100 * result.near, color="tab:red", linestyle="--", linewidth=1, label="near zero")
-        speed_axis.plot(seconds[result.keyframes], 100 * result.speed[result.keyframes], "v", color="tab:red", label="keyframe")
+        key = result.keyframes
+        speed_axis.plot(seconds[key], 100 * result.speed[key], "v", color="tab:red", label="keyframe")
         speed_axis.legend(loc="upper right", fontsize=8)
         gripper_axis.plot(seconds, 1000 * result.openness, ".-", color="black", linewidth=1.2, markersize=4)
     speed_axis.set_ylabel("hand speed\ncm/s")
-    gripper_axis.set(ylabel="gripper\nopening, mm", ylim=(-5, 95))
+    gripper_axis.set(ylabel="gripper, mm\nand segments", ylim=(-5, 98))
     if scores is not None:
         axes[2].plot(seconds, scores, ".-", color="tab:purple", linewidth=1.2, markersize=4)
         axes[2].set(ylabel="RPRM\nscore", ylim=(-0.05, 1.05))
     colours = {POSITIVE: ("tab:green", "positive"), NEGATIVE: ("tab:gray", "negative"), IGNORED: ("white", "no label")}
     for value, (colour, name) in colours.items():
-        rows_of = np.flatnonzero(result.labels == value)
-        spans = [((t - 0.5) / result.rate, 1 / result.rate) for t in rows_of]
-        label_axis.broken_barh(spans, (0, 1), color=colour, edgecolor="black", linewidth=0.2, label=f"{name} ({len(rows_of)})")
-    label_axis.set(yticks=[], ylabel="label", xlabel="time, s", ylim=(0, 1), xlim=(-0.5 / result.rate, (T - 0.5) / result.rate))
+        spans = [((t - 0.5) / result.rate, 1 / result.rate) for t in np.flatnonzero(result.labels == value)]
+        caption = f"{name} ({len(spans)})"
+        label_axis.broken_barh(spans, (0, 1), color=colour, edgecolor="black", linewidth=0.2, label=caption)
+    limits = (-0.5 / result.rate, (T - 0.5) / result.rate)
+    label_axis.set(yticks=[], ylabel="label", xlabel="time, s", ylim=(0, 1), xlim=limits)
     label_axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=3, fontsize=8, frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format="png")
@@ -348,15 +381,16 @@ MODES = ("none", "sum", "potential")
 def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
     """Reward to add to the sparse one. All arguments broadcast; arrays may be numpy or torch; shape and dtype are kept.
 
-    scores, next_scores: RPRM in [0, 1] at step t and t + 1 (for a cut episode: of its final observation). terminated: bool.
+    scores, next_scores: RPRM in [0, 1] at step t and t + 1 (of a cut episode: of its final observation).
       none       0
-      sum        weight * score, the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but it pays by
-                 the step: hovering where the score is high earns more than finishing (`evaluate` measures it).
-      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)): over an episode it telescopes to -weight * phi(s_0),
-                 whatever the agent does, so the optimal policy is that of the sparse reward (Ng, Harada and Russell, 1999).
-    The condition of that theorem: phi depends on the state alone, is 0 after termination, and `gamma` is the one of GAE. A
-    score that also sees the action it judges breaks it: every action's advantage then loses phi(s, a), which punishes just the
-    actions that RPRM likes. So `potential` wants the state-only score, `RewardModel.score(..., action_tokens=None)`.
+      sum        weight * score, the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but it pays
+                 by the step: hovering where the score is high can earn more than finishing (`evaluate` measures it).
+      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)). Over an episode it telescopes to
+                 -weight * phi(s_0), whatever the agent does: the optimal policy is that of the sparse reward.
+    The condition of that theorem (Ng, Harada and Russell, 1999): phi depends on the state alone, is 0 after
+    termination, and `gamma` is the one of GAE. A score that also sees the action it judges breaks it: every action's
+    advantage then loses phi(s, a), which punishes just the actions that RPRM likes. So `potential` wants the state-only
+    score, `RewardModel.score(..., action_tokens=None)`.
     A time-limit cut is not a termination: phi(s') stays, as the bootstrap value does.
     """
     if mode == "none":
@@ -369,7 +403,7 @@ def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
 
 
 class RewardModel:
-    """A frozen RPRM. `model` is an OpenVLA, `info` the content of rprm.json (label rule, metrics, whose vision tower)."""
+    """A frozen RPRM. `model` is an OpenVLA, `info` the content of rprm.json (label rule, training, metrics)."""
 
     def __init__(self, model, info):
         self.model, self.info = model.eval().requires_grad_(False), info
@@ -384,7 +418,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, input_ids, attention_mask, action_tokens=None, *, pixel_values=None, patch_embeddings=None):
-        """p("1") / (p("1") + p("0")), (B,) float32 in [0, 1]: does this action (or, with None, this state) make progress?
+        """p("1") / (p("1") + p("0")), (B,) float32 in [0, 1]: is this action (with None: this state) one of progress?
 
         input_ids, attention_mask (B, L) from `model.tokenize`; action_tokens (B, 7) int64 or None; one of pixel_values
         (B, 6, S, S) and patch_embeddings (B, P, d). Rows do not influence each other.
@@ -395,24 +429,23 @@ class RewardModel:
         return (logits[:, 0] - logits[:, 1]).sigmoid()  # softmax over the two verdicts
 
     def score_frames(self, frames, instruction, actions, unnorm_key=None, chunk=64):
-        """Scores (T,) float64 of a recorded trajectory: frames (T, H, W, 3) uint8 upright, actions (T, 7) in file convention."""
+        """Scores (T,) float64 of a recording: frames (T, H, W, 3) uint8 upright, actions (T, 7) in file convention."""
         tokens, scores = action_tokens_of(self.model, actions, unnorm_key).to(self.model.device), []
         for i in range(0, len(frames), chunk):
             part = frames[i : i + chunk]
             embeddings = embed_frames(self.model, part)
             ids, mask = self.model.tokenize([instruction] * len(part))
-            scores.append(self.score(ids, mask, tokens[i : i + chunk], patch_embeddings=embeddings).double().cpu().numpy())
+            score = self.score(ids, mask, tokens[i : i + chunk], patch_embeddings=embeddings)
+            scores.append(score.double().cpu().numpy())
         return np.concatenate(scores)
 
     def shares_vision(self, policy):
-        """True when `policy` computes the same patch embeddings, so that one vision pass can serve both during a rollout.
+        """True when `policy` computes the same patch embeddings, so that one vision pass can serve both in a rollout.
 
         `train` leaves the vision side of the SFT policy as it was, for this reason.
         """
         mine, theirs = vision_state(self.model), vision_state(policy)
-        return mine.keys() == theirs.keys() and all(
-            mine[k].shape == theirs[k].shape and torch.equal(mine[k].cpu(), theirs[k].to(mine[k].dtype).cpu()) for k in mine
-        )
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine)
 
 
 def vision_state(model):
@@ -428,11 +461,13 @@ def verdict_token_ids(model):
     return ids
 
 
-def verdict_logits(model, input_ids, attention_mask, action_tokens, token_ids, pixel_values=None, patch_embeddings=None):
+def verdict_logits(
+    model, input_ids, attention_mask, action_tokens, token_ids, pixel_values=None, patch_embeddings=None
+):
     """Next-token logits (B, len(token_ids)) after image + prompt + 7 action tokens.
 
-    A state without action has the same length: seven times the "0" token, which no action is written with, stand in for the
-    tokens. Training shows this to a part of each batch, so one model gives both scores.
+    A state without action has the same length: seven times the "0" token, which no action is written with, stand in for
+    the tokens. Training shows this to a part of each batch, so one model gives both scores.
     """
     if action_tokens is None:
         blank = verdict_token_ids(model)[1]
@@ -447,6 +482,61 @@ def verdict_logits(model, input_ids, attention_mask, action_tokens, token_ids, p
     ).float()
 
 
+class StockVLM:
+    """A vision-language model of transformers, asked in words and not trained: what the authors' release wraps
+    (Qwen2-VL-2B). It sees no action; its score is p("1") / (p("1") + p("0")) for the answer's first token."""
+
+    QUESTION = "The task is to {instruction}, is it completed? Answer 1 for yes or 0 for no."
+
+    def __init__(self, model, tokenizer, image_processor, processor):
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.image_processor, self.processor = image_processor, processor
+        pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("1", "0")]
+        if any(len(piece) != 1 for piece in pieces) or pieces[0] == pieces[1]:
+            raise UserError(f'this model\'s tokenizer does not write "1" and "0" as one token each: {pieces}')
+        self.token_ids = [piece[0] for piece in pieces]
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+        try:
+            tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+            # transformers builds a Qwen-VL processor only where torchvision is installed (for video). One image needs a
+            # tokenizer, an image processor and the line of code in `_inputs`; every other family comes as a whole.
+            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"no vision-language model at {path}: {error}") from error
+        return cls(model, tokenizer, image_processor, processor)
+
+    def _inputs(self, images, instruction):
+        content = [{"type": "image"}, {"type": "text", "text": self.QUESTION.format(instruction=instruction)}]
+        chat = [{"role": "user", "content": content}]
+        if self.processor is not None:
+            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+            return self.processor(images=[[image] for image in images], text=[text] * len(images), return_tensors="pt")
+        text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = self.image_processor(images=images, return_tensors="pt")
+        image_id = self.model.config.image_token_id
+        image_token = self.tokenizer.convert_ids_to_tokens(image_id)
+        patches = int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2  # of each image
+        tokens = self.tokenizer([text.replace(image_token, image_token * patches)] * len(images), return_tensors="pt")
+        inputs.update(tokens)
+        inputs["mm_token_type_ids"] = (tokens["input_ids"] == image_id).int()  # 1 at image tokens: for 2-D positions
+        return inputs
+
+    @torch.no_grad()
+    def score_frames(self, frames, instruction, chunk=8):
+        """Scores (T,) float64 of frames (T, H, W, 3) uint8 upright. All rows have one length, so nothing is padded."""
+        scores = []
+        for i in range(0, len(frames), chunk):
+            inputs = self._inputs(list(frames[i : i + chunk]), instruction).to(self.model.device)
+            logits = self.model(**inputs, logits_to_keep=1).logits[:, -1, self.token_ids].double()
+            scores.append((logits[:, 0] - logits[:, 1]).sigmoid().cpu().numpy())
+        return np.concatenate(scores)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training (Eq. 3)
 # --------------------------------------------------------------------------------------------------------------------
@@ -454,7 +544,7 @@ def verdict_logits(model, input_ids, attention_mask, action_tokens, token_ids, p
 
 @dataclass
 class Examples:
-    """Labelled rows of many trajectories. The vision side is frozen, so each image goes through the towers once, here."""
+    """Labelled rows of many trajectories. The vision side is frozen, so each image goes through the towers once."""
 
     instructions: list  # n strings
     patch_embeddings: torch.Tensor  # (n, P, d) float16, on the CPU: 25 kB a row at the tiny size
@@ -473,7 +563,7 @@ class Examples:
 
 
 def make_examples(model, trajectories, rule, unnorm_key, summary):
-    """Label trajectories (dicts of `read_trajectories`) and embed their labelled rows -> Examples. Counts into `summary`."""
+    """Label trajectories (of `read_trajectories`), embed the labelled rows -> Examples. Counts into `summary`."""
     instructions, parts = [], []
     for number, trajectory in enumerate(trajectories):
         result = label(trajectory, rule)
@@ -530,7 +620,7 @@ def measure(model, examples):
 
 
 def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_dropout, whole_vocabulary, seed):
-    """Fine-tune the language model of `model` in place on `train`; early stop on the held-out loss; best weights are kept.
+    """Fine-tune the language model of `model` in place; early stop on the held-out loss; the best weights are kept.
 
     Returns (metrics of the kept epoch with "epoch", list of metrics by epoch; entry 0 is before training).
     """
@@ -543,6 +633,8 @@ def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_drop
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(train) / batch_size)
     positives = train.labels.sum()
+    if not 0 < positives < len(train):
+        raise UserError(f"{int(positives)} of {len(train)} training rows are positive; both kinds are needed")
     # Class balance: positives and negatives are drawn equally often, and no negative is thrown away for it.
     weights = torch.where(train.labels == 1, 0.5 / positives, 0.5 / (len(train) - positives))
 
@@ -554,7 +646,7 @@ def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_drop
                 batch = train.select(rows)
                 input_ids, attention_mask = model.tokenize(batch.instructions)
                 tokens = batch.action_tokens.clone()
-                tokens[torch.rand(len(tokens), generator=generator) < action_dropout] = token_ids[1]  # state without action
+                tokens[torch.rand(len(tokens), generator=generator) < action_dropout] = token_ids[1]  # state only
                 logits = verdict_logits(
                     model,
                     input_ids,
@@ -593,8 +685,9 @@ def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_drop
 class TaskProgress:
     """True progress of a pick-and-place task in [0, 1], from the simulator: the mean over the task's goals of
 
-    reach (hand to object), lift (5 cm is all of it) and carry (object to its goal, seen from above), each in [0, 1] relative to
-    the start of the episode and each at its best so far: a hand that has let go of the object has not lost the task.
+    reach (hand to object), lift (5 cm is all of it) and carry (object to its goal, seen from above), each in [0, 1]
+    relative to the start of the episode and each at its best so far: a hand that has let go of the object has not lost
+    the task.
     """
 
     def __init__(self, sim, start):
@@ -606,8 +699,8 @@ class TaskProgress:
                 self.pairs.append((names[0], max(places, key=len)))
         if not self.pairs:
             raise UserError(
-                f"{sim.suite} task {sim.task_id} ({sim.instruction}) has no goal of the kind object in or on object, so its "
-                "progress is not known; use libero_object or libero_spatial"
+                f"{sim.suite} task {sim.task_id} ({sim.instruction}) has no goal of the kind object in or on object, "
+                "so its progress is not known; use libero_object or libero_spatial"
             )
         self.start = [self._measure(start, *pair) for pair in self.pairs]
         self.best = np.zeros((len(self.pairs), 3))
@@ -629,15 +722,15 @@ class TaskProgress:
 def roll(rprm, model, sim, episodes, limit, choose):
     """Run started episodes of one task in lockstep for at most `limit` decisions, scoring every step.
 
-    choose(rows, input_ids, attention_mask, patch_embeddings) -> action tokens (n, 7), actions (n, 7) of the episodes `rows`.
-    model: the OpenVLA that `choose` uses. Returns one dict per episode: success, scores (T,), state_scores (T + 1,),
-    progress (T + 1,), states (T), actions (T), frames (T).
+    choose(rows, input_ids, attention_mask, patch_embeddings) -> action tokens (n, 7), actions (n, 7) of the episodes
+    `rows`. model: the OpenVLA that `choose` uses. Returns one dict per episode: success, scores (T,), state_scores (T +
+    1,), progress (T + 1,), states (T), actions (T), frames (T).
     """
     shared = rprm.shares_vision(model)
     progress = [TaskProgress(sim, episode.privileged()) for episode in episodes]
-    names = ("scores", "state_scores", "progress", "states", "actions", "frames", "eef", "gripper")
+    names = ("scores", "state_scores", "progress", "states", "actions", "frames", "ee_pos", "gripper_states")
     runs = [{"success": False, **{name: [] for name in names}} for _ in episodes]
-    for step in range(limit + 1):
+    for step in tqdm(range(limit + 1), desc=f"task {sim.task_id}", unit="decision", leave=False, mininterval=1.0):
         rows = [i for i, run in enumerate(runs) if not run["success"]]
         if not rows:
             break
@@ -655,9 +748,12 @@ def roll(rprm, model, sim, episodes, limit, choose):
         scores = rprm.score(input_ids, attention_mask, tokens, patch_embeddings=own)
         for k, i in enumerate(rows):
             run, state = runs[i], episodes[i].privileged()
-            for name, value in (("scores", float(scores[k])), ("states", episodes[i].get_state()), ("actions", actions[k]),
-                                ("frames", frames[k]), ("eef", state["eef_pos"]), ("gripper", state["gripper_qpos"])):
-                run[name].append(value)
+            run["scores"].append(float(scores[k]))
+            run["states"].append(episodes[i].get_state())
+            run["actions"].append(actions[k])
+            run["frames"].append(frames[k])
+            run["ee_pos"].append(state["eef_pos"])
+            run["gripper_states"].append(state["gripper_qpos"])
             for _ in range(model.action_repeat):
                 run["success"] = run["success"] or episodes[i].step(actions[k])
             if run["success"]:
@@ -679,7 +775,7 @@ def shaped_return(run, mode, weight, gamma):
 
 
 def loiter(rprm, model, sim, runs, limit, unnorm_key):
-    """For each successful run, the same agent hovering from its best-scored step on until the time limit -> list of runs.
+    """For each successful run, the same agent hovering from its best-scored step on until the limit -> list of runs.
 
     It holds its position and its gripper. This is what an agent that maximises `sum` is tempted to do.
     """
@@ -697,18 +793,32 @@ def loiter(rprm, model, sim, runs, limit, unnorm_key):
         keep = limit - t  # episodes that were left later have less time to hover
         scores, state_scores = tail["scores"][:keep], tail["state_scores"][: keep + 1]
         ended = tail["success"] and len(tail["scores"]) <= keep  # the object fell into place by itself
-        result.append(
-            {"success": ended, "scores": run["scores"][:t] + scores, "state_scores": run["state_scores"][:t] + state_scores}
-        )
+        joined = {"scores": run["scores"][:t] + scores, "state_scores": run["state_scores"][:t] + state_scores}
+        result.append({"success": ended, **joined})
     return result
 
 
-def evaluate(rprm, model, suite, task_ids, episodes_per_task, temperature, weight, gamma, unnorm_key, seed):
-    """Roll the policy out and measure the reward model on it -> dict for JSON (NaN where an episode kind is missing)."""
+def record_runs(directory, sim, runs, action_repeat):
+    """Write runs in LIBERO's layout: <directory>/success and <directory>/failure, in each one file a task."""
+    for kind in ("success", "failure"):
+        demos = []
+        for run in runs:
+            if run["success"] == (kind == "success"):
+                actions = np.array(run["actions"])
+                actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # files: -1 open, +1 close
+                arrays = {key: np.array(run[key]) for key in ("ee_pos", "gripper_states")}
+                demos.append({"actions": actions, "agentview_rgb": np.array(run["frames"])[:, ::-1, ::-1], **arrays})
+        if demos:
+            path = demo_path(directory, kind, sim.instruction)
+            write_demos(path, demos, action_repeat, sim.instruction, suite=sim.suite, task_id=sim.task_id)
+
+
+def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, weight, gamma, seed, record=None):
+    """Roll the policy out on the protocol's initial states and measure the reward model on it -> `report` dict."""
     from sim import TaskSim, max_steps
 
     limit, generator = max_steps(suite) // model.action_repeat, torch.Generator().manual_seed(seed)
-    runs, pairs = [], []
+    runs, hovers = [], []
     for task_id in tqdm(task_ids, desc="evaluate", unit="task"):
         sim = TaskSim(suite, task_id)
         episodes = [sim.episode() for _ in range(episodes_per_task)]
@@ -716,79 +826,97 @@ def evaluate(rprm, model, suite, task_ids, episodes_per_task, temperature, weigh
             episode.reset(i % sim.num_init_states)
 
         def policy(rows, input_ids, attention_mask, embeddings):
-            tokens = model.generate_actions(
-                input_ids, None, attention_mask, patch_embeddings=embeddings, temperature=temperature, generator=generator
-            ).tokens
-            return tokens, model.decode_actions(tokens, unnorm_key)
+            how = {"patch_embeddings": embeddings, "temperature": temperature, "generator": generator}
+            tokens = model.generate_actions(input_ids, None, attention_mask, **how).tokens
+            return tokens, model.decode_actions(tokens, suite)
 
         done = roll(rprm, model, sim, episodes, limit, policy)
         won = [run for run in done if run["success"]]
-        if won:
-            pairs += zip(won, loiter(rprm, model, sim, won, limit, unnorm_key), strict=True)
-        runs += [{**run, "task_id": task_id, "instruction": sim.instruction} for run in done]
+        hovers += loiter(rprm, model, sim, won, limit, suite) if won else []
+        if record:
+            record_runs(record, sim, done, model.action_repeat)
+        for run in done:
+            del run["frames"]  # 200 kB each
+        runs += done
         sim.close()
+    setting = {"suite": suite, "task_ids": list(task_ids), "temperature": temperature, "seed": seed}
+    return {**setting, **report(runs, hovers, weight, gamma, CONTROL_HZ / model.action_repeat)}
+
+
+def report(runs, hovers, weight, gamma, rate):
+    """Numbers from runs (of `roll`) and the hovering twins of the successful ones, in order; NaN: nothing was seen."""
 
     def mean(values):
         values = [v for v in values if not math.isnan(v)]
         return float(np.mean(values)) if values else math.nan
 
-    ahead = max(1, round(CONTROL_HZ / model.action_repeat))  # one second
+    won = [run for run in runs if run["success"]]
     correlations = {"cumulative_score": [], "time_alone": [], "score_and_next_second": []}
-    for run, _ in pairs:
+    for run in won:
         scores, progress = np.array(run["scores"]), np.array(run["progress"])
-        gain = progress[np.minimum(np.arange(len(scores)) + ahead, len(scores))] - progress[:-1]
+        T = len(scores)
+        gain = progress[np.minimum(np.arange(T) + max(1, round(rate)), T)] - progress[:-1]
         correlations["cumulative_score"].append(spearman(np.cumsum(scores), progress[1:]))
-        correlations["time_alone"].append(spearman(np.arange(len(scores)), progress[1:]))
+        correlations["time_alone"].append(spearman(np.arange(T), progress[1:]))
         correlations["score_and_next_second"].append(spearman(scores, gain))
+
+    pairs = [pair for pair in zip(won, hovers, strict=True) if not pair[1]["success"]]  # some objects fall into place
     loitering = {}
-    hovering = [pair for pair in pairs if not pair[1]["success"]]  # sometimes the object falls into place by itself
     for mode in MODES:
-        sparse = [shaped_return(run, "none", 0.0, gamma) for run, _ in hovering]
-        extra = [
-            shaped_return(hover, mode, 1.0, gamma) - shaped_return(run, mode, 1.0, gamma) + s
-            for (run, hover), s in zip(hovering, sparse, strict=True)
-        ]  # what hovering gains on succeeding in shaping reward, at weight 1
+        sparse = [shaped_return(run, "none", 0.0, gamma) for run, _ in pairs]
+        success = [shaped_return(run, mode, 1.0, gamma) - s for (run, _), s in zip(pairs, sparse, strict=True)]
+        hovering = [shaped_return(hover, mode, 1.0, gamma) for _, hover in pairs]
+        # A return is linear in the weight: hovering wins where weight x (its gain in shaping) exceeds the sparse reward
+        gains = [h - s for h, s in zip(hovering, success, strict=True)]
         loitering[mode] = {
-            "success_return": mean(shaped_return(run, mode, weight, gamma) for run, _ in hovering),
-            "loiter_return": mean(shaped_return(hover, mode, weight, gamma) for _, hover in hovering),
-            "loiter_wins": sum(weight * e > s for e, s in zip(extra, sparse, strict=True)),
-            "pairs": len(hovering),
-            # the largest weight at which no loiterer wins; None: none wins at any weight
-            "safe_weight": min((s / e for e, s in zip(extra, sparse, strict=True) if e > 0), default=None),
+            "success_return": mean(s + weight * x for s, x in zip(sparse, success, strict=True)),
+            "loiter_return": mean(weight * h for h in hovering),
+            "loiter_wins": sum(weight * gain > s for gain, s in zip(gains, sparse, strict=True)),
+            "pairs": len(pairs),
+            # below this weight no loiterer wins; None: none wins at any weight
+            "safe_weight": min((s / gain for gain, s in zip(gains, sparse, strict=True) if gain > 0), default=None),
         }
-    report = {
-        "suite": suite, "task_ids": list(task_ids), "episodes": len(runs), "successes": len(pairs), "seed": seed,
-        "temperature": temperature, "weight": weight, "gamma": gamma,
+    return {
+        "episodes": len(runs),
+        "successes": len(won),
         "episode_auroc": auroc([np.mean(run["scores"]) for run in runs], [run["success"] for run in runs]),
         "mean_score": {
-            "success": mean(float(np.mean(r["scores"])) for r in runs if r["success"]),
-            "failure": mean(float(np.mean(r["scores"])) for r in runs if not r["success"]),
+            kind: mean(float(np.mean(run["scores"])) for run in runs if run["success"] == (kind == "success"))
+            for kind in ("success", "failure")
         },
         "spearman_with_progress": {name: mean(values) for name, values in correlations.items()},
+        "weight": weight,
+        "gamma": gamma,
         "loitering": loitering,
     }
-    return report, runs
 
 
-def print_report(report):
-    """One table on the terminal."""
-    print(f"\n{report['suite']}, tasks {report['task_ids']}: {report['successes']} of {report['episodes']} episodes succeeded")
-    means = report["mean_score"]
+def without_nan(value):
+    """The same nested value with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_report(numbers):
+    """One table on the terminal; nan where no episode of the kind was seen."""
+    means, s = numbers["mean_score"], numbers["spearman_with_progress"]
+    tasks = ",".join(map(str, numbers["task_ids"]))
     print(
-        f"episode AUROC success / failure  {report['episode_auroc']:.3f}   "
-        f"(mean score {means['success']:.3f} / {means['failure']:.3f})"
+        f"{numbers['suite']}, tasks {tasks}: {numbers['successes']} of {numbers['episodes']} episodes succeeded\n"
+        f"mean score of successes / failures    {means['success']:.3f} / {means['failure']:.3f}\n"
+        f"episode AUROC                         {numbers['episode_auroc']:.3f}\n"
+        f"Spearman with true progress: sum of scores {s['cumulative_score']:.3f}, time alone {s['time_alone']:.3f}; "
+        f"score and the next second's progress {s['score_and_next_second']:.3f}\n"
+        f"loitering, weight {numbers['weight']:g}, gamma {numbers['gamma']:g}\n"
+        f"  {'mode':<10}{'return of success':>19}{'of hovering':>13}{'hovering wins':>15}{'safe weight':>13}"
     )
-    s = report["spearman_with_progress"]
-    print(
-        f"Spearman with true progress      {s['cumulative_score']:.3f} cumulative score ({s['time_alone']:.3f} for time alone); "
-        f"{s['score_and_next_second']:.3f} score against the next second's progress"
-    )
-    print(f"loitering at weight {report['weight']:g}, gamma {report['gamma']:g}")
-    print(f"  {'mode':<10} {'succeeds':>9} {'hovers':>9} {'hovering wins':>14} {'safe weight':>12}")
-    for mode, row in report["loitering"].items():
-        safe = "any" if row["safe_weight"] is None else f"< {row['safe_weight']:.4f}"
+    for mode, row in numbers["loitering"].items():
+        safe = f"< {row['safe_weight']:.4f}" if row["safe_weight"] is not None else "any" if row["pairs"] else "nan"
         wins = f"{row['loiter_wins']} of {row['pairs']}"
-        print(f"  {mode:<10} {row['success_return']:>9.3f} {row['loiter_return']:>9.3f} {wins:>14} {safe:>12}")
+        print(f"  {mode:<10}{row['success_return']:>19.3f}{row['loiter_return']:>13.3f}{wins:>15}{safe:>13}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -805,10 +933,11 @@ _RULE = LabelRule()
 
 @dataclass
 class RuleArgs:
-    demos: Path = flag(Path("demos"), "HDF5 file in LIBERO's layout, or a directory of them (searched recursively)")
+    demos: Path = flag(Path("data/libero_object"), "HDF5 file in LIBERO's layout, or a directory of them")
     limit: int | None = flag(None, "at most this many trajectories of each file", min=1)
-    gripper_change: float = flag(_RULE.gripper_change, "smallest swing of the gripper's opening that ends a segment, m", min=1e-4)
+    gripper_change: float = flag(_RULE.gripper_change, "smallest swing of the gripper that ends a segment, m", min=1e-4)
     gripper_still: float = flag(_RULE.gripper_still, "fingers slower than this have stopped, m/s", min=1e-4)
+    slip: float = flag(_RULE.slip, "a gripper change that is taken back within so many seconds is none", min=0.0)
     near_zero: float = flag(_RULE.near_zero, "near-zero speed, as a fraction of the 90th percentile", min=0.0, max=1.0)
     window: float = flag(_RULE.window, "seconds before a keyframe that are positive", min=0.0)
     margin: float = flag(_RULE.margin, "seconds after a keyframe without label", min=0.0)
@@ -828,14 +957,15 @@ class TrainArgs(RuleArgs):
     suite: str = flag("libero_object", "suite whose action statistics the policy's checkpoint is read with")
     policy: str = flag("checkpoints/libero_object_sft", "SFT checkpoint to start from (directory or hub id)")
     out: Path = flag(Path("runs/rprm"), "directory for the reward model")
+    successes: Path | None = flag(None, "the same of the policy's own successes, used like demonstrations")
     failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
     epochs: int = flag(20, "most passes over the training rows", min=1)
     patience: int = flag(4, "stop after this many epochs without a better held-out loss", min=1)
     batch_size: int = flag(64, "rows per optimiser step", min=2)
     lr: float = flag(1e-4, "peak learning rate of AdamW (7B: 1e-5)", min=0.0)
-    action_dropout: float = flag(0.3, "share of rows shown without their action, for the state-only score", min=0.0, max=1.0)
+    action_dropout: float = flag(0.3, "share of rows shown without action, for the state-only score", min=0.0, max=1.0)
     held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
-    whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, instead of over the two verdicts that the score compares")
+    whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, not over the two verdicts that the score compares")
     device: str = flag("cpu", "torch device")
     seed: int = flag(0, "seed of the split and of the batches", min=0)
 
@@ -844,7 +974,7 @@ class TrainArgs(RuleArgs):
 class ScoreArgs(RuleArgs):
     suite: str = flag("libero_object", "suite whose action statistics the checkpoint is read with")
     rprm: str | None = flag(None, "reward model directory (--out of train)")
-    vlm: str | None = flag(None, "instead: a stock vision-language model of transformers, hub id or directory, asked zero-shot")
+    vlm: str | None = flag(None, "instead: a stock VLM of transformers (hub id or directory), asked zero-shot")
     plot: Path | None = flag(None, "directory for one PNG per trajectory, score included")
     json: Path | None = flag(None, "file for the scores of every step")
     device: str = flag("cpu", "torch device")
@@ -861,53 +991,32 @@ class EvaluateArgs:
     weight: float = flag(0.1, "--prm-weight of the RL run to check", min=0.0)
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
+    record: Path | None = flag(None, "directory for the episodes as HDF5 (success/, failure/): more data for train")
     device: str = flag("cpu", "torch device")
     seed: int = flag(0, "seed of the sampling", min=0)
 
 
 def label(trajectory, rule):
     """`label_trajectory` for a dict of `read_trajectories`."""
-    return label_trajectory(
-        trajectory["actions"], trajectory["ee_pos"], trajectory["gripper_states"], trajectory["action_repeat"], rule,
-        trajectory["success"],
-    )
+    arrays = (trajectory[key] for key in ("actions", "ee_pos", "gripper_states", "action_repeat"))
+    return label_trajectory(*arrays, rule, success=trajectory["success"], disturbed=trajectory["disturbed"])
 
 
 def action_tokens_of(model, actions, unnorm_key):
-    """Actions (n, 7) of a demonstration file -> tokens (n, 7) int64. Files: gripper -1 open, +1 close; policy: 1 open, 0 close."""
+    """Actions (n, 7) of a file (gripper -1 open, +1 close; the policy's is 1 open, 0 close) -> tokens (n, 7) int64."""
     policy_actions = np.concatenate([actions[:, :6], (1.0 - actions[:, 6:]) / 2.0], axis=1)
     return torch.from_numpy(model.encode_actions(policy_actions, unnorm_key))
 
 
 def read_trajectories(path, limit=None, success=True):
-    """Trajectories of one HDF5 file in LIBERO's layout, or of all files below a directory, as dicts of arrays."""
-    import h5py
-
-    path = Path(path)
-    files = sorted(path.rglob("*.hdf5")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UserError(f"no demonstrations at {path}: give an HDF5 file or a directory of them (python demos.py makes them)")
-    for file in files:
-        try:
+    """Demonstrations or recorded rollouts of a file, or of all files in a directory, as dicts: `demos.read_demos` plus
+    `frames` (its `agentview`), `success` as given, and `disturbed` (bool: the file also holds what was executed)."""
+    for file in demo_files(path):
+        for demo in itertools.islice(read_demos(file), limit):
             with h5py.File(file, "r") as handle:
-                data = handle["data"]
-                names = sorted(data, key=lambda name: int(name.split("_")[-1]))[:limit]
-                instruction = "".join(json.loads(data.attrs["problem_info"])["language_instruction"]).strip('"')
-                repeat = int(data.attrs.get("action_repeat", 1))
-                for name in names:
-                    demo = data[name]
-                    yield {
-                        "name": f"{file.stem}_{name}",
-                        "instruction": instruction,
-                        "action_repeat": repeat,
-                        "success": success,
-                        "actions": demo["actions"][()].astype(np.float64),
-                        "ee_pos": demo["obs/ee_pos"][()].astype(np.float64),
-                        "gripper_states": demo["obs/gripper_states"][()] if "obs/gripper_states" in demo else None,
-                        "frames": demo["obs/agentview_rgb"][()][:, ::-1, ::-1],  # stored as OpenGL renders: turn by 180 degrees
-                    }
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{file} is not a readable demonstration file in LIBERO's layout: {error}") from error
+                disturbed = "executed_actions" in handle["data"][demo["name"]]
+            name = f"{Path(file).stem}_{demo['name']}"
+            yield {**demo, "name": name, "frames": demo["agentview"], "success": success, "disturbed": disturbed}
 
 
 def run_label(args):
@@ -923,12 +1032,19 @@ def run_label(args):
 
 
 def split(examples, share, seed):
-    """Bool mask (n,) of the held-out rows: whole trajectories, since neighbouring frames of one are nearly the same picture."""
-    numbers = torch.unique(examples.trajectory)
-    if len(numbers) < 2:
-        raise UserError("one usable trajectory is too few: one has to be held out; give more demonstrations")
-    order = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
-    return torch.isin(examples.trajectory, order[: max(1, round(share * len(numbers)))])
+    """Bool mask (n,) of the held-out rows: whole trajectories, since neighbouring frames are nearly the same image.
+
+    Successes (with positives) and failures (without) are held out in the same share, at least one success.
+    """
+    numbers, generator = torch.unique(examples.trajectory), torch.Generator().manual_seed(seed)
+    won = torch.isin(numbers, examples.trajectory[examples.labels == 1])
+    if won.sum() < 2:
+        raise UserError(f"{int(won.sum())} usable successful trajectories are too few, since one is held out")
+    chosen = []
+    for group, least in ((numbers[won], 1), (numbers[~won], 0)):
+        order = group[torch.randperm(len(group), generator=generator)]
+        chosen.append(order[: max(least, round(share * len(group)))])
+    return torch.isin(examples.trajectory, torch.cat(chosen))
 
 
 def run_train(args):
@@ -938,6 +1054,8 @@ def run_train(args):
 
     def trajectories():
         yield from read_trajectories(args.demos, args.limit)
+        if args.successes:
+            yield from read_trajectories(args.successes, args.limit)
         if args.failures:
             yield from read_trajectories(args.failures, args.limit, success=False)
 
@@ -948,17 +1066,23 @@ def run_train(args):
     options = {name: getattr(args, name) for name in
                ("epochs", "batch_size", "lr", "patience", "action_dropout", "whole_vocabulary", "seed")}
     best, history = fit(model, examples.select(~held_out), examples.select(held_out), **options)
+    # A keyframe is where the hand stops, so a small command alone gives the label away to some extent. What a model
+    # should add to that, it has to see.
+    moves = model.decode_actions(examples.action_tokens[held_out], args.suite)[:, :3]
+    shortcut = auroc(-np.linalg.norm(moves, axis=1), examples.labels[held_out].numpy())
+    best = {**best, "auroc_small_command": shortcut}
     info = {
         "label_rule": dataclasses.asdict(rule), "labels": str(summary), "suite": args.suite, "policy": str(args.policy),
-        "demos": str(args.demos), "failures": None if args.failures is None else str(args.failures),
+        "data": {name: str(getattr(args, name)) for name in ("demos", "successes", "failures") if getattr(args, name)},
         "train_rows": int((~held_out).sum()), "training": options, "held_out": best, "history": history,
     }
-    model.side_files["rprm.json"] = json.dumps(info, indent=1).encode()
+    model.side_files["rprm.json"] = json.dumps(without_nan(info), indent=1).encode()
     model.save_pretrained(args.out)
     print(
         f"held out ({best['rows']} rows, epoch {best['epoch']}): AUROC {best['auroc']:.3f}, average precision "
-        f"{best['average_precision']:.3f} (random {best['prevalence']:.3f}), ECE {best['ece']:.3f}, Brier {best['brier']:.3f}, "
-        f"AUROC without the action {best['auroc_state_only']:.3f}\nsaved {args.out}"
+        f"{best['average_precision']:.3f} (random {best['prevalence']:.3f}), ECE {best['ece']:.3f}, Brier "
+        f"{best['brier']:.3f}\nfor comparison, AUROC of the image without the action {best['auroc_state_only']:.3f}, "
+        f"of a small command alone {best['auroc_small_command']:.3f}\nsaved {args.out}"
     )
 
 
@@ -976,7 +1100,8 @@ def run_score(args):
         if args.vlm:
             scores = judge.score_frames(trajectory["frames"], trajectory["instruction"])
         else:
-            scores = judge.score_frames(trajectory["frames"], trajectory["instruction"], trajectory["actions"], args.suite)
+            what = (trajectory["frames"], trajectory["instruction"], trajectory["actions"])
+            scores = judge.score_frames(*what, args.suite)
         records.append({"name": trajectory["name"], "labels": result.labels.tolist(), "scores": scores.tolist()})
         if args.plot:
             path = args.plot / f"{safe_name(trajectory['name'])}.png"
@@ -994,12 +1119,11 @@ def run_evaluate(args):
     task_ids = check_task_ids(args.suite, args.task_ids)
     rprm = RewardModel.from_pretrained(args.rprm, device=args.device)
     model = OpenVLA.from_pretrained(args.policy, device=args.device)
-    report, _ = evaluate(
-        rprm, model, args.suite, task_ids, args.episodes_per_task, args.temperature, args.weight, args.gamma, args.suite, args.seed
-    )
-    print_report(report)
+    options = {name: getattr(args, name) for name in ("episodes_per_task", "temperature", "weight", "gamma", "seed")}
+    numbers = evaluate(rprm, model, args.suite, task_ids, record=args.record, **options)
+    print_report(numbers)
     if args.json:
-        atomic_write(args.json, json.dumps(report, indent=1))
+        atomic_write(args.json, json.dumps(without_nan(numbers), indent=1))
 
 
 @main_guard

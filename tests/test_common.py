@@ -44,8 +44,8 @@ def test_defaults_are_those_of_the_dataclass():
 
 def test_every_kind_of_flag():
     args = parse(
-        "--suite", "libero_spatial", "--num-envs", "3", "--lr", "1e-4", "--critic-lr=0.5", "--from-scratch", "--no-progress",
-        "--task-ids", "0,1, 7", "--out", "a b/c", "--mode", "none", "--widths", "1",
+        "--suite", "libero_spatial", "--num-envs", "3", "--lr", "1e-4", "--critic-lr=0.5", "--from-scratch",
+        "--no-progress", "--task-ids", "0,1, 7", "--out", "a b/c", "--mode", "none", "--widths", "1",
     )  # fmt: skip
     assert args == Args("libero_spatial", 3, 1e-4, 0.5, True, False, [0, 1, 7], Path("a b/c"), "none", [1])
 
@@ -87,11 +87,12 @@ def test_wrong_flags_end_in_one_line(argv, what, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and what in err
 
 
-FLAGS = ["--suite", "--num-envs", "--lr", "--critic-lr", "--from-scratch", "--task-ids", "--out", "--mode", "--widths", "--", "-"]
+FLAGS = "--suite --num-envs --lr --critic-lr --from-scratch --task-ids --out --mode --widths -- -".split()
+WORDS = st.one_of(st.sampled_from(FLAGS), st.text(max_size=8), st.floats().map(str), st.integers().map(str))
 
 
 @settings(max_examples=1500, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(FLAGS), st.text(max_size=8), st.floats().map(str), st.integers().map(str)), max_size=6))
+@given(st.lists(WORDS, max_size=6))
 def test_no_command_line_ends_in_a_traceback(argv):
     try:
         args = parse(*argv)
@@ -222,7 +223,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch,
 def test_a_kill_during_the_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoint"
     path.write_text("old")
-    code = f"import os, common; os.fsync = lambda fd: os.kill(os.getpid(), 9); common.atomic_write({str(path)!r}, 'new')"
+    code = (
+        f"import os, common; os.fsync = lambda fd: os.kill(os.getpid(), 9); common.atomic_write({str(path)!r}, 'new')"
+    )
     assert run_python(code).returncode == -9
     assert path.read_text() == "old"
 

@@ -16,7 +16,7 @@ VOCABULARY, WIDTH, PATCHES = 11, 6, 3
 
 
 class TinyActorCritic(nn.Module):
-    """The contract of ppo_update in thirty lines: a real actor-critic over 7 tokens, each conditioned on the ones before."""
+    """The contract of ppo_update in thirty lines: 7 tokens, each conditioned on those before it."""
 
     def __init__(self, seed=0, shared=False):
         super().__init__()
@@ -54,7 +54,7 @@ class TinyActorCritic(nn.Module):
 
 
 def make_rollout(model, T=4, N=3, seed=0, rewards=None, temperature=1.5):
-    """A rollout with prompts of differing lengths, tokens drawn at random and log-probs and values as `model` gives them."""
+    """A rollout: prompts of differing lengths, random tokens, and log-probs and values as `model` gives them."""
     g = torch.Generator().manual_seed(seed)
     buffer = ppo.RolloutBuffer(T, N, (PATCHES, WIDTH), image_kind="patch_embeddings")
     for t in range(T):
@@ -88,10 +88,10 @@ def update(model, buffer, train_policy=True, opts=None, seed=0, **settings):
 
 
 def reference_gae(rewards, values, next_values, terminated, truncated, gamma, lam):
-    """The definition of GAE, not its recursion: the lambda-weighted average of the n-step advantages, episode by episode.
+    """The definition of GAE, not its recursion: the lambda-weighted average of n-step advantages, per episode.
 
-    A^(n)_t = r_t + … + gamma^(n-1) r_(t+n-1) + gamma^n V - V(o_t), with weight (1 - lam) lam^(n-1), and all the weight that is
-    left over for the longest one that stays inside the episode and the rollout.
+    A^(n)_t = r_t + … + gamma^(n-1) r_(t+n-1) + gamma^n V - V(o_t), with weight (1 - lam) lam^(n-1), and all the weight
+    that is left over for the longest one that stays inside the episode and the rollout.
     """
     T = len(rewards)
     result = []
@@ -112,7 +112,8 @@ def rollouts(draw):
     T, N = draw(st.integers(1, 9)), draw(st.integers(1, 3))
     number = st.floats(-5, 5, width=32)
     grid = lambda cell: [draw(st.lists(cell, min_size=T, max_size=T)) for _ in range(N)]  # noqa: E731
-    rewards, values, terminated, truncated, after = grid(number), grid(number), grid(st.booleans()), grid(st.booleans()), grid(number)
+    rewards, values, after = grid(number), grid(number), grid(number)
+    terminated, truncated = grid(st.booleans()), grid(st.booleans())
     for n in range(N):  # inside an episode the next value is the next row's: then both definitions must agree exactly
         for t in range(T - 1):
             if not (terminated[n][t] or truncated[n][t]):
@@ -176,7 +177,7 @@ def test_next_values_follow_the_episode_and_not_the_row():
     for t in range(3):
         values = torch.tensor([1.0, 10.0]) * (t + 1)
         buffer.store_decision(t, zeros, ids, ids, torch.zeros(2, 7, dtype=torch.long), torch.full((2, 7), -0.5), values)
-        # Environment 0 is cut by the time limit at t = 0, environment 1 succeeds at t = 1. NaN: final values nobody needs.
+        # Environment 0 is cut by the time limit at t = 0, environment 1 succeeds at t = 1; NaN where nobody may look.
         final = torch.tensor([-4.0 if t == 0 else math.nan, math.nan])
         buffer.store_outcome(t, [0.0, 0.0], [False, t == 1], [t == 0, False], final)
     buffer.finish(torch.tensor([8.0, 9.0]), 0.99, 0.95)
@@ -285,28 +286,32 @@ def test_the_step_is_that_of_the_loss_written_down():
     model = TinyActorCritic()
     buffer = make_rollout(TinyActorCritic(seed=1))
     reference = copy.deepcopy(model)
-    update(model, buffer, minibatch_size=12, micro_batch_size=4, max_grad_norm=1e9, temperature=1.5)
+    coefficients = dict(entropy_coef=0.3, value_coef=0.5, temperature=1.5)
+    update(model, buffer, minibatch_size=12, micro_batch_size=4, max_grad_norm=1e9, **coefficients)
     observation, tokens, old, old_values, returns = buffer.batch(torch.arange(12), "cpu")
     a = buffer.advantages.flatten()
     a = (a - a.mean()) / a.std(unbiased=False)
-    ratio = (reference.evaluate_actions(action_tokens=tokens, temperature=1.5, **observation)[0].sum(1) - old).exp()
-    (-torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()).backward()
+    log_probs, entropy = reference.evaluate_actions(action_tokens=tokens, temperature=1.5, **observation)
+    ratio = (log_probs.sum(1) - old).exp()
+    (-torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a).mean() - 0.3 * entropy.sum(1).mean()).backward()
     v = reference.value(**observation)
     v_clipped = torch.clamp(v, old_values - 0.2, old_values + 0.2)
-    (0.5 * torch.max((v - returns) ** 2, (v_clipped - returns) ** 2).mean()).backward()
+    (0.5 * 0.5 * torch.max((v - returns) ** 2, (v_clipped - returns) ** 2).mean()).backward()
     for p, q in zip(reference.parameters(), model.parameters()):
         torch.testing.assert_close(p.detach() - 0.1 * p.grad, q.detach(), rtol=0, atol=1e-5)
 
 
-def test_one_optimizer_step_per_minibatch():
+def test_one_optimizer_step_per_minibatch_of_equal_parts():
     model = TinyActorCritic()
-    steps = []
+    steps, sizes, value = [], [], model.value
+    model.value = lambda **observation: sizes.append(len(observation["input_ids"])) or value(**observation)
     opts = optimizers(model)
     opts[0].register_step_post_hook(lambda *_: steps.append("policy"))
     opts[1].register_step_post_hook(lambda *_: steps.append("critic"))
-    metrics = update(model, make_rollout(model), opts=opts, epochs=2, minibatch_size=5, micro_batch_size=2)
+    buffer = make_rollout(TinyActorCritic())
+    metrics = update(model, buffer, opts=opts, epochs=2, minibatch_size=5, micro_batch_size=2)
     assert steps.count("policy") == steps.count("critic") == 2 * 3  # 12 samples in mini-batches of 5: three of 4
-    assert metrics["losses/policy_steps"] == 6
+    assert metrics["losses/policy_steps"] == 6 and sizes == [2, 2] * 6
 
 
 def test_first_ratio_is_one_and_a_mismatch_shows():
@@ -344,7 +349,8 @@ def test_target_kl_stops_the_policy_and_not_the_critic():
         opts = optimizers(model, lr=3.0)
         count = []
         opts[1].register_step_post_hook(lambda *_: count.append(1))  # noqa: B023
-        metrics = update(model, make_rollout(model), opts=opts, epochs=3, minibatch_size=4, micro_batch_size=4, target_kl=target)
+        sizes = dict(epochs=3, minibatch_size=4, micro_batch_size=4)
+        metrics = update(model, make_rollout(model), opts=opts, target_kl=target, **sizes)
         steps[target] = metrics["losses/policy_steps"]
         assert len(count) == 9 and metrics["losses/kl_stop"] == (target is not None)
     assert steps == {None: 9, 1e-6: 1}

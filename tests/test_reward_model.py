@@ -1,4 +1,4 @@
-"""RPRM: labels on trajectories whose keyframes are known, metrics against brute force, training on the real tiny model."""
+"""RPRM: labels on trajectories with known keyframes, metrics against brute force, training on the real tiny model."""
 
 import json
 
@@ -17,12 +17,15 @@ STROKE = 0.08
 
 
 def pick_and_place(hz, noise=0.0, gripper_noise=0.0, held=0.045, seed=0):
-    """A hand that reaches (stops at 2.0 s), closes, carries (stops at 4.8 s), opens, and leaves: (actions, ee_pos, gripper).
+    """A hand that reaches (stops at 2.0 s), closes, carries (stops at 4.8 s), opens, and leaves.
 
+    Returns actions (T, 7), ee_pos (T, 3), gripper_states (T, 2).
     The fingers move at 0.15 m/s, so with `held` = 45 mm they stop 0.23 s after each command.
     """
     rng = np.random.default_rng(seed)
-    phases = [(0.4, 0, False), (1.6, 0.25, False), (0.8, 0, True), (2.0, 0.25, True), (0.6, 0, False), (0.8, 0.2, False)]
+    phases = [  # seconds, peak speed, gripper closed
+        (0.4, 0, False), (1.6, 0.25, False), (0.8, 0, True), (2.0, 0.25, True), (0.6, 0, False), (0.8, 0.2, False),
+    ]
     position, opening, path, openings, commands = np.zeros(3), STROKE, [], [], []
     for seconds, speed, closed in phases:
         for phase in (np.arange(int(seconds * FINE)) + 0.5) / int(seconds * FINE):
@@ -48,8 +51,9 @@ def test_keyframes_where_the_hand_stops(hz, noise):
     result = rm.label_trajectory(*pick_and_place(hz, noise, gripper_noise=0.5 * noise), action_repeat=20 // hz)
     assert result.problems == [] and result.usable
     np.testing.assert_allclose(np.array(result.milestones) / hz, [2.23, 5.03], atol=0.2)
-    # Arrival and finished grasp, arrival and finished release. The rest at the start is no keyframe.
-    np.testing.assert_allclose(np.array(result.keyframes) / hz, [2.0, 2.25, 4.8, 5.05], atol=0.25 if hz == 5 else 0.12)
+    # Arrival and grasp, arrival and release; at 5 Hz they are one row. The rest at the start is no keyframe.
+    expected = [2.0, 2.2, 4.8, 5.0] if hz == 20 else [2.0, 4.8]
+    np.testing.assert_allclose(np.array(result.keyframes) / hz, expected, atol=0.11)
 
 
 @pytest.mark.parametrize("action_repeat", [1, 4])
@@ -58,7 +62,7 @@ def test_window_is_in_seconds(action_repeat):
     rule = rm.LabelRule(window=0.8, margin=0.4)
     result = rm.label_trajectory(*pick_and_place(hz), action_repeat=action_repeat, rule=rule)
     first, rows = result.keyframes[0], round(0.8 * hz)
-    assert (result.labels[first + 1 - rows : first + 1] == rm.POSITIVE).all()  # the keyframe's own row is the window's last
+    assert (result.labels[first + 1 - rows : first + 1] == rm.POSITIVE).all()  # its own row is the last
     assert result.labels[first - rows] == rm.NEGATIVE
     last = result.keyframes[-1]
     ignored = np.flatnonzero(result.labels[last + 1 :] == rm.IGNORED)
@@ -73,17 +77,47 @@ def test_window_is_never_empty():
 
 @pytest.mark.parametrize("held", [0.0, 0.045, 0.065])
 def test_hysteresis_beats_a_bare_threshold(held):
-    """Noise at the level of a threshold crosses it many times; hysteresis counts two turns, for narrow and wide objects."""
+    """Noise crosses a threshold many times; hysteresis counts two turns, for narrow and for wide objects."""
     _, _, gripper = pick_and_place(20, gripper_noise=0.001, held=held)
     openness = gripper[:, 0] - gripper[:, 1]
-    assert len(rm.find_milestones(openness, 0.01, 0.0015)) == 2
+    assert len(rm.find_milestones(openness, 0.01, 0.0015, 12)) == 2
     closed = openness < held + 0.0005  # a threshold inside the noise of the held object
     assert np.abs(np.diff(closed.astype(int))).sum() > 2
 
 
 def test_opening_at_the_start_is_no_milestone():
-    openness = np.concatenate([np.linspace(0.04, 0.08, 10), np.full(20, 0.08)])  # LIBERO resets with the gripper half open
-    assert rm.find_milestones(openness, 0.01, 0.0015) == []
+    openness = np.concatenate([np.linspace(0.04, 0.08, 10), np.full(20, 0.08)])  # LIBERO resets it half open
+    assert rm.find_milestones(openness, 0.01, 0.0015, 12) == []
+
+
+def test_slip_is_no_milestone():
+    """Closing for two decisions (5 Hz) and opening again is not significant; staying shut for a second is."""
+    for rows, expected in ((2, []), (5, [10, 15])):
+        openness = np.full(30, STROKE)
+        openness[10 : 10 + rows] = 0.05
+        assert rm.find_milestones(openness, 0.01, 0.006, hold=3) == expected
+
+
+def test_stops():
+    """First minimum of a stop; the last one too where a segment ends in it; none for a stop that was there before."""
+    speed = np.array([0.0, 0, 9, 9, 0.5, 0.2, 0.6, 0.4, 0.5, 9, 9, 0.3, 0.6, 0.1, 0.2, 0.2, 9, 0.9])
+    assert rm.find_keyframes(speed, [], 1.0) == [5, 11, 17]
+    assert rm.find_keyframes(speed, [14], 1.0) == [5, 11, 13, 17]
+    assert rm.find_keyframes(speed[:15], [], 1.0) == [5, 11, 14]
+    assert rm.find_keyframes(np.zeros(5), [], 0.0) == rm.find_keyframes(np.ones(5), [], 0.2) == []
+
+
+def test_disturbed_demonstrations_use_the_commanded_speed():
+    """Clean commands that stop at row 20, executed with pushes: measured, there is no stop; commanded, there is."""
+    rng = np.random.default_rng(0)
+    actions = np.zeros((40, 7))
+    actions[:, 0] = np.where(np.abs(np.arange(40) - 20) < 3, 0.0, 0.8)
+    actions[20:, 6], actions[:20, 6] = 1.0, -1.0
+    ee_pos = np.cumsum(0.05 * (actions[:, :3] + rng.choice([-0.5, 0.5], (40, 3))), axis=0)
+    measured = rm.label_trajectory(actions, ee_pos, None, 4)
+    commanded = rm.label_trajectory(actions, ee_pos, None, 4, disturbed=True)
+    assert measured.problems == ["gripper_from_command", "no_keyframe"]
+    assert commanded.keyframes == [18, 19] and commanded.speed.max() == pytest.approx(0.2)
 
 
 def test_gripper_command_stands_in():
@@ -105,6 +139,7 @@ def test_bad_trajectories_are_counted_not_dropped():
         ((actions[:1], path[:1], gripper[:1]), ["too_short"]),
         ((actions[:0], path[:0], gripper[:0]), ["too_short"]),
         ((actions, hole, gripper), ["not_finite"]),
+        ((actions, path[:-2], gripper), ["lengths_differ"]),
         ((np.where(np.arange(7) == 2, np.inf, actions), path, gripper), ["not_finite"]),
         ((actions, still, gripper), ["no_keyframe"]),
         ((actions, steady, gripper), ["no_keyframe"]),
@@ -118,14 +153,14 @@ def test_bad_trajectories_are_counted_not_dropped():
         assert len(result.labels) == len(arguments[0])
         summary.add(result)
     text = str(summary)
-    assert "\n" not in text and text.startswith("2 of 8 trajectories used")
+    assert "\n" not in text and text.startswith("2 of 9 trajectories used")
     for part in ("too_short 2", "not_finite 2", "no_keyframe 2", "no_gripper_change 1"):
         assert part in text
 
 
 def test_failed_trajectory_gives_hard_negatives():
     """No positives; windows of the last segment turn negative, those of completed segments lose their label."""
-    arguments = pick_and_place(20)
+    arguments = [np.concatenate([x, np.repeat(x[-1:], 20, axis=0)]) for x in pick_and_place(20)]  # hovers at the end
     won, lost = rm.label_trajectory(*arguments), rm.label_trajectory(*arguments, success=False)
     last = won.milestones[-1]
     positive = won.labels == rm.POSITIVE
@@ -174,7 +209,7 @@ def test_spearman_of_a_constant_is_nan():
 
 
 def test_potential_telescopes():
-    """Discounted, the shaping of an episode that terminates sums to -weight * phi(s_0); one that is cut keeps its last phi."""
+    """Discounted, the shaping of a terminated episode sums to -weight * phi(s_0); a cut one keeps its last phi."""
     rng, gamma, weight = np.random.default_rng(0), 0.9, 0.5
     phi = rng.random(8)
     for terminated_at_end in (True, False):
@@ -197,15 +232,30 @@ def test_shaping_modes():
         rm.shaping_reward(scores, following, "product", 1.0, 0.9, done)
 
 
-def test_loitering_pays_with_sum_only():
-    """The arithmetic of the loitering test on a made-up agent: hovering at score 0.9 against finishing at once."""
-    finishes = {"success": True, "scores": [0.5, 0.9], "state_scores": [0.5, 0.9, 0.0]}
-    hovers = {"success": False, "scores": [0.5] + [0.9] * 60, "state_scores": [0.5] + [0.9] * 61}
-    returns = {m: [rm.shaped_return(run, m, 0.1, 0.99) for run in (finishes, hovers)] for m in rm.MODES}
-    assert returns["none"] == pytest.approx([0.99, 0.0])
-    assert returns["sum"][1] > returns["sum"][0]
-    assert returns["potential"][0] > returns["potential"][1]
-    assert returns["potential"][0] == pytest.approx(0.99 - 0.1 * 0.5)
+def test_report_of_made_up_runs(capsys):
+    """Two successes and a failure: the loitering arithmetic, the correlations, the table."""
+    finishes = {"success": True, "scores": [0.5, 0.6, 0.9], "state_scores": [0.5, 0.6, 0.9, 0.0]}
+    finishes["progress"] = [0, 0.3, 0.5, 1]
+    slower = {**finishes, "scores": [0.1, 0.6, 0.9]}
+    fails = {"success": False, "scores": [0.4] * 60, "state_scores": [0.4] * 61, "progress": [0.0] + [0.2] * 60}
+    hovers = {"success": False, "scores": [0.5, 0.6] + [0.9] * 60, "state_scores": [0.5, 0.6] + [0.9] * 61}
+    lucky = {"success": True, "scores": [0.9], "state_scores": [0.9, 0.0]}  # hovered, and the object fell in: left out
+    numbers = rm.report([finishes, fails, slower], [hovers, lucky], weight=0.1, gamma=0.99, rate=5)
+    assert (numbers["episodes"], numbers["successes"], numbers["episode_auroc"]) == (3, 2, 1.0)
+    assert numbers["mean_score"]["failure"] == pytest.approx(0.4)
+    assert numbers["spearman_with_progress"]["cumulative_score"] == pytest.approx(1.0)
+    none, total, potential = (numbers["loitering"][mode] for mode in rm.MODES)
+    assert [none[k] for k in ("pairs", "loiter_wins", "safe_weight", "loiter_return")] == [1, 0, None, 0]
+    assert none["success_return"] == pytest.approx(0.99**2)
+    assert total["loiter_wins"] == 1 and total["loiter_return"] > total["success_return"]
+    # At the safe weight the two returns meet.
+    at = rm.report([finishes], [hovers], weight=total["safe_weight"], gamma=0.99, rate=5)["loitering"]["sum"]
+    assert at["loiter_return"] == pytest.approx(at["success_return"])
+    assert potential["loiter_wins"] == 0 and potential["success_return"] == pytest.approx(0.99**2 - 0.1 * 0.5)
+    rm.print_report({"suite": "toy", "task_ids": [0, 1], **numbers})
+    assert "2 of 3 episodes succeeded" in capsys.readouterr().out
+    empty = rm.without_nan(rm.report([fails], [], 0.1, 0.99, 5))
+    assert json.loads(json.dumps(empty, allow_nan=False))["episode_auroc"] is None
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -217,8 +267,10 @@ STATS = {"toy": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] 
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    model = build_tiny(0, WORDS, image_size=56, patch_size=14, vision_width=32, vision_blocks=2, vision_heads=2, width=64, layers=2,
-                       heads=2, mlp=128)
+    model = build_tiny(
+        0, WORDS, image_size=56, patch_size=14, vision_width=32, vision_blocks=2, vision_heads=2, width=64, layers=2,
+        heads=2, mlp=128,
+    )
     model.norm_stats = STATS
     return model
 
@@ -257,7 +309,8 @@ def test_training_raises_auroc(tiny, examples, whole_vocabulary):
     )
     assert best["auroc"] > 0.9 and best["auroc"] > history[0]["auroc"] + 0.1
     assert best["nll"] == min(entry["nll"] for entry in history)  # early stop keeps the best weights ...
-    assert rm.measure(model, examples.select(held_out))["nll"] == pytest.approx(best["nll"], abs=1e-5)  # ... in the model
+    again = rm.measure(model, examples.select(held_out))
+    assert again["nll"] == pytest.approx(best["nll"], abs=1e-5)  # ... in the model
     assert best["auroc_state_only"] > 0.6  # bright images are likelier to be positive, whatever the action
     assert rm.RewardModel(model, {}).shares_vision(tiny)  # the vision side is untouched
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, tiny.state_dict()[k])]
@@ -286,9 +339,8 @@ def test_score_of_a_batch_equals_single_scores(tiny, examples):
         assert not together.requires_grad
         for i in range(6):
             one_ids, one_mask = tiny.tokenize([texts[i]])
-            alone = reward_model.score(
-                one_ids, one_mask, None if action_tokens is None else tokens[i : i + 1], patch_embeddings=embeddings[i : i + 1]
-            )
+            one = None if action_tokens is None else tokens[i : i + 1]
+            alone = reward_model.score(one_ids, one_mask, one, patch_embeddings=embeddings[i : i + 1])
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
@@ -358,10 +410,12 @@ def test_train_and_score_commands(tiny, tmp_path, capsys):
     copy_of(tiny).save_pretrained(tmp_path / "sft")
     write_demos(tmp_path / "toy_demo.hdf5", 8, broken=[2])
     demos, out = ["--demos", str(tmp_path / "toy_demo.hdf5")], tmp_path / "rprm"
-    rm.main(["train", *demos, "--suite", "toy", "--policy", str(tmp_path / "sft"), "--out", str(out), "--epochs", "4", "--lr",
-             "2e-3", "--batch-size", "16", "--failures", str(tmp_path / "toy_demo.hdf5"), "--limit", "4"])
+    rm.main([
+        "train", *demos, "--suite", "toy", "--policy", str(tmp_path / "sft"), "--out", str(out), "--epochs", "4",
+        "--lr", "2e-3", "--batch-size", "16", "--failures", demos[1], "--successes", demos[1], "--limit", "4",
+    ])
     printed = capsys.readouterr().out
-    assert "6 of 8 trajectories used" in printed and "AUROC" in printed
+    assert "9 of 12 trajectories used" in printed and "AUROC" in printed
     info = json.loads((out / "rprm.json").read_text())
     assert info["label_rule"]["window"] == 0.6 and 0 <= info["held_out"]["auroc"] <= 1 and info["train_rows"] > 0
     reward_model = rm.RewardModel.from_pretrained(out)
@@ -395,3 +449,141 @@ def test_bad_input_is_one_line(arguments, expected, tmp_path, monkeypatch, capsy
         rm.main(arguments)
     error = capsys.readouterr().err.strip()
     assert stop.value.code != 0 and expected in error and error.startswith("error:") and "\n" not in error
+
+
+# ---- in the simulator ------------------------------------------------------------------------------------------------
+
+
+def scripted(episodes, model):
+    """A crude expert for libero_object: above the can, down, close, lift, above the basket, let go."""
+    held = dict.fromkeys(range(len(episodes)), 0)
+
+    def choose(rows, *_):
+        actions = np.zeros((len(rows), 7))
+        for k, i in enumerate(rows):
+            state = episodes[i].privileged()
+            (can, _), (basket, _) = state["objects"]["alphabet_soup_1"], state["objects"]["basket_1"]
+            hand = state["eef_pos"]
+            if held[i] == 0:  # reach: a funnel, low only where the hand is above the can
+                away = np.linalg.norm((can - hand)[:2])
+                goal, grip = can + [0, 0, min(0.15, 2 * max(0.0, away - 0.01))], 1.0
+                held[i] = int(np.linalg.norm(can - hand) < 0.02)
+            elif held[i] < 4:  # close
+                goal, grip = hand, 0.0
+                held[i] += 1
+            else:
+                over = np.linalg.norm((basket - hand)[:2]) < 0.03
+                high = can[2] > 0.15 or np.linalg.norm((basket - hand)[:2]) < 0.1
+                goal, grip = np.append(basket[:2] if high else hand[:2], 0.25), float(over)
+            actions[k, :3], actions[k, 6] = np.clip(5 * (goal - hand), -1, 1), grip
+        return torch.from_numpy(model.encode_actions(actions, "toy")), actions
+
+    return choose
+
+
+@pytest.mark.libero
+def test_progress_and_loitering_in_the_simulator(tmp_path):
+    from sim import TaskSim
+
+    model = build_tiny(0)
+    model.norm_stats = STATS
+    reward_model, limit = rm.RewardModel(copy_of(model), {}), 70
+    sim = TaskSim("libero_object", 0)
+    episodes = [sim.episode() for _ in range(2)]
+    for i, episode in enumerate(episodes):
+        episode.reset(i)
+    expert = scripted(episodes, model)
+    # The second episode never closes its gripper, so it reaches and fails.
+    def choose(rows, *context):
+        tokens, actions = expert(rows, *context)
+        actions[[k for k, i in enumerate(rows) if i == 1], 6] = 1.0
+        return tokens, actions
+
+    won, lost = rm.roll(reward_model, model, sim, episodes, limit, choose)
+    assert won["success"] and not lost["success"]
+    for run in (won, lost):
+        T = len(run["scores"])
+        assert len(run["state_scores"]) == len(run["progress"]) == T + 1
+        assert all(len(run[key]) == T for key in ("states", "actions", "frames", "ee_pos", "gripper_states"))
+        assert all(0 <= score <= 1 for score in run["scores"])
+        assert run["progress"][0] == 0 and (np.diff(run["progress"]) >= 0).all()
+    assert won["progress"][-1] == 1.0 and won["state_scores"][-1] == 0.0
+    assert len(lost["scores"]) == limit and 0.25 < lost["progress"][-1] < 0.6  # reached, never lifted
+
+    rm.record_runs(tmp_path, sim, [won, lost], model.action_repeat)
+    for kind, run in (("success", won), ("failure", lost)):
+        (read,) = rm.read_trajectories(tmp_path / kind, success=kind == "success")
+        assert read["instruction"] == sim.instruction and read["action_repeat"] == 4 and not read["disturbed"]
+        np.testing.assert_array_equal(read["frames"], run["frames"])
+        tokens = rm.action_tokens_of(model, read["actions"], "toy")
+        np.testing.assert_array_equal(tokens, model.encode_actions(np.array(run["actions"]), "toy"))
+        result = rm.label(read, rm.LabelRule())
+        assert result.usable and (result.labels == rm.POSITIVE).any() == (kind == "success")
+
+    (hover,) = rm.loiter(reward_model, model, sim, [won], limit, "toy")
+    start = int(np.argmax(won["scores"]))
+    assert hover["scores"][:start] == won["scores"][:start]
+    assert hover["success"] or len(hover["scores"]) == limit
+    assert hover["scores"][start] == pytest.approx(won["scores"][start], abs=0.2)  # same picture, hovering action
+    sim.close()
+
+
+# ---- a stock VLM -----------------------------------------------------------------------------------------------------
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A Qwen2-VL with random weights, in the layout of the hub."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    words = "<unk> 0 1 user assistant The task is to pick up the red green block , it completed ? Answer for yes or no"
+    words = words.split() + ["."]
+    base = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base, unk_token="<unk>", pad_token="<|end|>", eos_token="<|end|>",
+        additional_special_tokens=special, chat_template=CHAT,
+    )
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        ),
+        vision_config=dict(
+            depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14, initializer_range=0.5
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )
+    Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_stock_vlm_scores_frames(qwen):
+    vlm = rm.StockVLM.from_pretrained(qwen)
+    frames = np.random.default_rng(0).integers(0, 255, (5, 128, 128, 3), dtype=np.uint8)
+    together = vlm.score_frames(frames, "pick up the red block", chunk=3)
+    assert together.shape == (5,) and ((0 <= together) & (together <= 1)).all() and together.std() > 1e-4
+    alone = [vlm.score_frames(frames[i : i + 1], "pick up the red block")[0] for i in range(5)]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    other = vlm.score_frames(frames, "pick up the green block")
+    assert np.abs(other - together).max() > 1e-4  # it reads the instruction
+
+
+def test_stock_vlm_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="no vision-language model at"):
+        rm.StockVLM.from_pretrained(tmp_path)

@@ -1,0 +1,439 @@
+"""Demonstrations: scripted experts on privileged poses, and LIBERO's HDF5 files.
+
+Imitation needs data, and LIBERO's demonstrations live on a hub. The experts below stand in for the human: they read object
+poses that only the simulator knows and steer the gripper with a proportional law, so that the stored images and actions look
+like a demonstration's. Three properties make them learnable by a small policy that sees one frame and has no memory:
+
+1. Reactive. The command is a function of the current state alone: no timers, no hidden phase. A frame decides the action.
+2. Phases look different. The gripper comes down a funnel (its height target falls with the horizontal distance) and leaves on
+   a slant towards the goal, so that no picture belongs both to "closing in" and to "carrying away".
+3. Recoveries. Noise disturbs what is *executed*; the stored label stays the clean command for the state that was reached
+   (DART, arXiv 1703.09327). Start states are LIBERO's random placements, never the 50 test states.
+
+File layout: LIBERO's own (`data/demo_<i>/{actions,states,robot_states,rewards,dones,obs/*}`), so that official files and ours
+are read by the same code. One row is one decision; `data.attrs["action_repeat"]` says how many control steps it lasts (1 in
+official files). Actions are stored in LIBERO's convention (gripper -1 = open, +1 = close), images as rendered (upside down).
+
+    python demos.py --suite libero_object --num-demos 50 --out data
+    python demos.py --suite libero_object --check           # success of the undisturbed expert on the 50 test states
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from common import UserError, main_guard, parse_args, safe_name, wilson_interval
+
+METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
+GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z
+MAX_DECISIONS = 70  # per recorded episode: 280 control steps, libero_object's limit
+
+
+@dataclass
+class Args:
+    suite: str = field(default="libero_object", metadata={"help": "libero_object or libero_spatial"})
+    task_ids: Optional[list[int]] = field(default=None, metadata={"help": "comma-separated task ids; default: all tasks"})
+    num_demos: int = field(default=50, metadata={"help": "successful demonstrations to record per task"})
+    out: str = field(default="data", metadata={"help": "directory; files go to <out>/<suite>/<task>_demo.hdf5"})
+    action_repeat: int = field(
+        default=4, metadata={"help": "control steps per recorded decision (openvla-tiny acts every 4)"}
+    )
+    noise: float = field(
+        default=0.25, metadata={"help": "std of the disturbance of executed translation commands; labels stay clean"}
+    )
+    kick: float = field(
+        default=0.08, metadata={"help": "probability per decision of a large random push, a recovery to learn from"}
+    )
+    resolution: int = field(
+        default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"}
+    )
+    render: str = field(default="light", metadata={"help": "light or exact meshes", "choices": ["light", "exact"]})
+    num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core"})
+    seed: int = field(default=0, metadata={"help": "seed of placements and disturbances"})
+    check: bool = field(
+        default=False, metadata={"help": "record nothing; report the undisturbed expert on the 50 test states"}
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Experts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def object_extent(sim, data, name):
+    """World-axis bounding box of an object's collision geometry: (low (3,), high (3,)) in metres."""
+    m, body = sim.model, sim.objects[name]
+    signs = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, -1).T
+    corners = []
+    for g in range(m.ngeom):
+        b = m.geom_bodyid[g]
+        while b and b != body:
+            b = m.body_parentid[b]
+        if b == body and m.geom_contype[g]:
+            centre, half = m.geom_aabb[g][:3], m.geom_aabb[g][3:]
+            corners.append(data.geom_xpos[g] + (centre + signs * half) @ data.geom_xmat[g].reshape(3, 3).T)
+    corners = np.concatenate(corners)
+    return corners.min(0), corners.max(0)
+
+
+class PickAndPlaceExpert:
+    """Grasp one object from above, carry it over a goal, let go. `action(episode)` depends on the current state alone.
+
+    The grasp is read off the scene once per episode: the object's bounding box, its width between the fingers, the goal's
+    height. The fingers open along world y in the arm's rest orientation, so that no rotation is ever commanded.
+    """
+
+    def __init__(self, episode, suite):
+        sim = episode.sim
+        self.target, self.goal = sim.env.obj_of_interest[:2]
+        low, high = object_extent(sim, episode.data, self.target)
+        goal_low, goal_high = object_extent(sim, episode.data, self.goal)
+        self.rest = episode.privileged()["objects"][self.target][0]
+        self.offset = 0.5 * (low + high) - self.rest  # from the body's origin to the middle of its box
+        if suite.startswith("libero_spatial"):
+            # A bowl is wider than the gripper: take it by the rim, on the side of +y.
+            self.offset = np.array([0.0, 0.5 * (high[1] - low[1]) - 0.008, high[2] - 0.02 - self.rest[2]])
+            self.width = 0.02
+            self.carry_height = max(goal_high[2] + 0.1, self.rest[2] + 0.12)
+            self.release_height = goal_high[2] + 0.05
+        else:
+            # As deep as the palm allows (the pads end 3.3 cm below it), and no lower than the fingers clear the floor.
+            self.offset[2] = max(low[2] + 0.012, high[2] - 0.027) - self.rest[2]
+            self.width = high[1] - low[1]
+            # The hand is 20 cm wide and passes 10 cm above the floor: lean away from a tall neighbour, as far as the
+            # opening (8 cm) leaves room.
+            room = max(0.0, 0.5 * (0.08 - self.width) - 0.005)
+            for name in sim.env.env.objects_dict:
+                if name in (self.target, self.goal):
+                    continue
+                near_low, near_high = object_extent(sim, episode.data, name)
+                gap = 0.5 * (near_low + near_high) - 0.5 * (low + high)
+                if near_high[2] > low[2] + 0.1 and abs(gap[0]) < 0.08 and abs(gap[1]) < 0.15:
+                    self.offset[1] -= np.sign(gap[1]) * room
+            self.carry_height = goal_high[2] + (self.rest[2] + self.offset[2] - low[2]) + 0.02
+            self.release_height = self.carry_height
+        self.clearance = high[2] - (self.rest[2] + self.offset[2]) + 0.045  # above the grasp point, free of the object
+
+    def action(self, episode):
+        """The clean command (7,) in policy convention (gripper 1 = open, 0 = close) for the episode's current state."""
+        p = episode.privileged()
+        eef, gap = p["eef_pos"], p["gripper_qpos"][0] - p["gripper_qpos"][1]
+        obj, goal = p["objects"][self.target][0], p["objects"][self.goal][0]
+        error = obj + self.offset - eef
+        horizontal = np.linalg.norm(error[:2])
+        started = gap < 0.072  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
+        between = horizontal < (0.03 if started else 0.014) and abs(error[2]) < (0.035 if started else 0.012)
+        gripping = between and gap < self.width + 0.005
+        raised = obj[2] - self.rest[2]
+        to_goal = goal[:2] - obj[:2]
+        distance = np.linalg.norm(to_goal)
+
+        command = np.zeros(7)
+        if between and raised > 0.02 and distance < 0.03 and (eef[2] < self.release_height + 0.03):
+            command[6] = 1.0  # over the goal: let go
+        elif gripping:
+            # Carry on a slant: rise and travel together, but stay a wall's width short of the goal until high enough.
+            lifted = np.clip((eef[2] - (self.rest + self.offset)[2]) / (self.carry_height - (self.rest + self.offset)[2]), 0, 1)
+            stop = 0.16 if lifted < 0.75 else 0.0
+            step = np.clip(distance - stop, 0.0, METRES_PER_DECISION / 0.8)
+            command[:2] = 0.8 * to_goal / (distance + 1e-9) * step / METRES_PER_DECISION
+            height = self.release_height if distance < 0.03 else self.carry_height
+            command[2] = np.clip(0.8 * (height - eef[2]) / METRES_PER_DECISION, -1.0, 1.0)
+            if raised < 0.008:
+                command[:3] *= 0.5  # the first centimetre slowly, while the fingers still tighten
+        elif between:
+            command[:3] = np.clip(0.3 * error / METRES_PER_DECISION, -0.2, 0.2)  # close, holding still
+        else:
+            # Down a funnel: full clearance outside 4 cm, the grasp height within 1 cm, higher still when far away.
+            funnel = self.clearance * np.clip((horizontal - 0.01) / 0.03, 0.0, 1.0) + 0.3 * max(0.0, horizontal - 0.08)
+            # The arm coasts 1 to 3 cm after a full command, so the horizontal gain is low enough to brake in time.
+            command[:3] = np.clip(GAIN * (error + [0.0, 0.0, funnel]) / METRES_PER_DECISION, -1.0, 1.0)
+            command[6] = 1.0
+        return command
+
+
+def disturb(command, rng, noise, kick):
+    """What is executed instead of the clean command: Gaussian noise, now and then a push, rarely a gripper slip."""
+    executed = command.copy()
+    executed[:3] += rng.normal(0.0, noise, 3)
+    if rng.random() < kick:
+        executed[:3] = rng.uniform(-1.0, 1.0, 3)
+    if rng.random() < 0.25 * kick:
+        executed[6] = 1.0 - executed[6]
+    return np.clip(executed, -1.0, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recording
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def record_episode(episode, suite, rng, args):
+    """One disturbed demonstration from a random placement: dict of arrays in LIBERO's layout, and whether it succeeded."""
+    from scipy.spatial.transform import Rotation
+
+    episode.reset(None, rng)
+    expert = PickAndPlaceExpert(episode, suite)
+    stride = episode.sim.resolution // args.resolution
+    rows = {k: [] for k in ("actions", "executed_actions", "states", "robot_states", "agentview_rgb", "ee_pos", "ee_ori",
+                            "ee_states", "gripper_states", "joint_states")}
+    success = False
+    for _ in range(MAX_DECISIONS * 4 // args.action_repeat):
+        command = expert.action(episode)
+        executed = disturb(command, rng, args.noise, args.kick)
+        p, d = episode.privileged(), episode.data
+        rotation = Rotation.from_matrix(p["eef_mat"])
+        ori, quat = rotation.as_rotvec(), rotation.as_quat()
+        frame = episode.render()[::-1, ::-1]  # LIBERO's files keep OpenGL's orientation, upside down
+        rows["agentview_rgb"].append(frame[::stride, ::stride])
+        for key, a in (("actions", command), ("executed_actions", executed)):
+            rows[key].append(np.append(a[:6], -1.0 if a[6] > 0.5 else 1.0))
+        rows["states"].append(np.concatenate([[d.time], d.qpos, d.qvel]))
+        rows["robot_states"].append(np.concatenate([p["gripper_qpos"], p["eef_pos"], quat]))
+        rows["ee_pos"].append(p["eef_pos"])
+        rows["ee_ori"].append(ori)
+        rows["ee_states"].append(np.concatenate([p["eef_pos"], ori]))
+        rows["gripper_states"].append(p["gripper_qpos"])
+        rows["joint_states"].append(p["joint_pos"])
+        for _ in range(args.action_repeat):
+            success = episode.step(executed)
+            if success:
+                break
+        if success:
+            break
+    return {k: np.stack(v) for k, v in rows.items()}, success
+
+
+def check_expert(episode, suite, init_state, action_repeat, limit):
+    """Whether the undisturbed expert solves test state `init_state` within `limit` control steps, and in how many."""
+    episode.reset(init_state)
+    expert = PickAndPlaceExpert(episode, suite)
+    for t in range(limit):
+        if t % action_repeat == 0:
+            command = expert.action(episode)
+        if episode.step(command):
+            return True, t + 1
+    return False, limit
+
+
+_SIM = {}  # per process: the one task that is built at the moment
+
+
+def _task_sim(suite, task_id, render, resolution=256):
+    import sim
+
+    key = (suite, task_id, render, resolution)
+    if key not in _SIM:
+        for old in _SIM.values():
+            old.close()
+        _SIM.clear()
+        _SIM[key] = sim.TaskSim(suite, task_id, render=render, resolution=resolution)
+    return _SIM[key]
+
+
+def _work(job):
+    """Worker: a share of one task's demonstrations (written to a part file) or of its test states."""
+    args, task_id, share, shares = job
+    import sim
+
+    if args.check:
+        task = _task_sim(args.suite, task_id, "none")
+        episode = task.episode()
+        limit = sim.max_steps(args.suite)
+        return task_id, [check_expert(episode, args.suite, i, args.action_repeat, limit) for i in range(share, 50, shares)]
+    task = _task_sim(args.suite, task_id, args.render)
+    episode = task.episode()
+    rng = np.random.default_rng([args.seed, task_id, share])
+    demos, attempts = [], 0
+    quota = len(range(share, args.num_demos, shares))
+    while len(demos) < quota:
+        arrays, success = record_episode(episode, args.suite, rng, args)
+        attempts += 1
+        if success:
+            demos.append(arrays)
+        elif attempts >= 20 and len(demos) < 0.1 * attempts:
+            raise UserError(f"the expert fails on {args.suite} task {task_id}: {len(demos)} of {attempts} attempts succeeded")
+    part = demo_path(args.out, args.suite, task.instruction).with_suffix(f".part{share}")
+    write_demos(part, demos, args.action_repeat, task.instruction, suite=args.suite, task_id=task_id)
+    return task_id, (str(part), attempts, task.instruction)
+
+
+def demo_path(out, suite, instruction):
+    return Path(out) / suite / f"{safe_name(instruction)}_demo.hdf5"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+_OBS = ("agentview_rgb", "ee_pos", "ee_ori", "ee_states", "gripper_states", "joint_states")
+
+
+def write_demos(path, demos, action_repeat, instruction, **attributes):
+    """Write demonstrations (dicts of arrays, see `record_episode`) in LIBERO's layout, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as f:
+            data = f.create_group("data")
+            data.attrs["action_repeat"] = action_repeat
+            data.attrs["num_demos"] = len(demos)
+            data.attrs["total"] = int(sum(len(d["actions"]) for d in demos))
+            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+            for key, value in attributes.items():
+                data.attrs[key] = value
+            for i, demo in enumerate(demos):
+                g = data.create_group(f"demo_{i}")
+                g.attrs["num_samples"] = len(demo["actions"])
+                obs = g.create_group("obs")
+                for key, value in demo.items():
+                    where = obs if key in _OBS else g
+                    if key == "agentview_rgb":  # one chunk a frame; gzip 1 halves it for 4 ms
+                        where.create_dataset(key, data=value, chunks=(1, *value.shape[1:]), compression="gzip", compression_opts=1)
+                    else:
+                        where.create_dataset(key, data=value)
+                done = np.zeros(len(demo["actions"]), np.uint8)
+                done[-1] = 1
+                g.create_dataset("dones", data=demo.get("dones", done))
+                g.create_dataset("rewards", data=demo.get("rewards", done))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def merge_parts(parts, path):
+    """Join part files into one demonstration file by HDF5 copies, renumbering the demonstrations."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with h5py.File(temporary, "w") as out:
+            data = out.create_group("data")
+            count = total = 0
+            for part in parts:
+                with h5py.File(part, "r") as f:
+                    for key, value in f["data"].attrs.items():
+                        data.attrs[key] = value
+                    total += int(f["data"].attrs["total"])
+                    for i in range(int(f["data"].attrs["num_demos"])):
+                        f.copy(f["data"][f"demo_{i}"], data, name=f"demo_{count}")
+                        count += 1
+            data.attrs["num_demos"], data.attrs["total"] = count, total
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for part in parts:
+        Path(part).unlink()
+
+
+def demo_files(path):
+    """The demonstration files behind a file or directory name, sorted. UserError where there are none."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*_demo.hdf5")) if path.is_dir() else []
+    if not files:
+        raise UserError(f"no demonstrations at {path}: run `python demos.py --suite libero_object --out data` to record some")
+    return files
+
+
+def read_demos(path, images=True):
+    """Yield the demonstrations of one HDF5 file as dicts of arrays, one at a time.
+
+    Keys: actions (T, 7) float64, gripper -1 open / +1 close; agentview (T, H, W, 3) uint8 upright (rotated by 180 degrees
+    from the file); ee_pos (T, 3); gripper_states (T, 2); states (T, S) where stored; instruction (str); action_repeat (int);
+    name (str); file (str). Works on official LIBERO files, which have no `action_repeat` (it is 1).
+    Raises: UserError for a file that is missing, truncated, or of another layout.
+    """
+    path = Path(path)
+    try:
+        with h5py.File(path, "r") as f:
+            data = f["data"]
+            instruction = _instruction(data, path)
+            action_repeat = int(data.attrs.get("action_repeat", 1))
+            names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.split("_")[1]))
+            if not names:
+                raise UserError(f"{path} holds no demonstrations (no data/demo_* groups)")
+            for name in names:
+                g = data[name]
+                obs = g["obs"]
+                demo = dict(
+                    actions=np.asarray(g["actions"], np.float64), instruction=instruction, action_repeat=action_repeat,
+                    name=name, file=str(path), gripper_states=np.asarray(obs["gripper_states"]),
+                    ee_pos=np.asarray(obs["ee_pos"] if "ee_pos" in obs else obs["ee_states"][:, :3]),
+                )
+                if "states" in g:
+                    demo["states"] = np.asarray(g["states"])
+                if images:
+                    demo["agentview"] = np.ascontiguousarray(obs["agentview_rgb"][:, ::-1, ::-1])
+                if demo["actions"].ndim != 2 or demo["actions"].shape[1] != 7:
+                    raise UserError(f"{path} {name}: actions have shape {demo['actions'].shape}, expected (T, 7)")
+                yield demo
+    except (OSError, KeyError, ValueError, RuntimeError) as exc:
+        raise UserError(f"cannot read demonstrations from {path}: {exc} (truncated, or not LIBERO's HDF5 layout?)") from exc
+
+
+def _instruction(data, path):
+    """The task's instruction: from the file's attributes (as LIBERO stores it), else from the file's name."""
+    try:
+        text = json.loads(data.attrs["problem_info"])["language_instruction"]
+        return text if isinstance(text, str) else "".join(text)
+    except (KeyError, ValueError, TypeError):
+        return path.name.removesuffix("_demo.hdf5").replace("_", " ")
+
+
+@main_guard
+def main():
+    args = parse_args(Args, "Record scripted demonstrations in LIBERO's HDF5 layout, or check the scripted experts.")
+    if args.num_demos < 1 or args.action_repeat < 1:
+        raise UserError("--num-demos and --action-repeat must be at least 1")
+    if args.resolution not in (64, 128, 256):
+        raise UserError(f"--resolution {args.resolution}: choose 64, 128 or 256")
+    if not args.suite.startswith(("libero_object", "libero_spatial")):
+        raise UserError(f"no scripted expert for {args.suite!r}: they cover libero_object and libero_spatial")
+    import sim
+
+    task_ids = sim.check_task_ids(args.suite, args.task_ids)
+    if not args.check:
+        sim.check_egl()
+        try:
+            (Path(args.out) / args.suite).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise UserError(f"cannot write to {args.out}: {exc.strerror}; choose another --out") from exc
+    workers = args.num_workers or len(os.sched_getaffinity(0))
+    shares = min(workers, 50 if args.check else args.num_demos)
+    # Neighbouring jobs are the same task's shares, so that both workers leave a task at about the same time.
+    jobs = [(args, t, share, shares) for t in task_ids for share in range(shares)]
+    results = {}
+    os.environ["OMP_NUM_THREADS"] = os.environ["LP_NUM_THREADS"] = "1"  # one software-GL thread per worker
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        bar = tqdm(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")
+        for task_id, result in pool.imap_unordered(_work, jobs):
+            results.setdefault(task_id, []).append(result)
+            bar.update()
+            if len(results[task_id]) < shares:
+                continue
+            if args.check:
+                flat = [r for part in results[task_id] for r in part]
+                wins, n = sum(s for s, _ in flat), len(flat)
+                low, high = wilson_interval(wins, n)
+                steps = np.mean([t for s, t in flat if s]) if wins else float("nan")
+                tqdm.write(f"task {task_id}: {wins}/{n} = {100 * wins / n:.0f} % [{100 * low:.0f}, {100 * high:.0f}], "
+                           f"{steps:.0f} control steps  {sim.instructions(args.suite)[task_id]}")
+            else:
+                parts = sorted(r[0] for r in results[task_id])
+                attempts = sum(r[1] for r in results[task_id])
+                path = demo_path(args.out, args.suite, results[task_id][0][2])
+                merge_parts(parts, path)
+                tqdm.write(f"task {task_id}: {args.num_demos} demonstrations of {attempts} attempts -> {path}")
+        bar.close()
+
+
+if __name__ == "__main__":
+    main()

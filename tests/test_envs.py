@@ -1,0 +1,492 @@
+"""envs.py on the real simulator: the same trajectories whatever the workers do, and a run that survives them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from common import UserError
+from envs import Curriculum, LiberoVecEnv
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE, TASKS, N = "libero_object", [0, 1], 3
+
+
+# ---- curriculum ------------------------------------------------------------------------------------------------------
+
+
+def _taught(mode, tau=0.3, window=100):
+    """Task 5: 8 successes of 10, task 7: 1 of 10, task 9: never played."""
+    curriculum = Curriculum([5, 7, 9], mode, tau=tau, window=window)
+    for task, successes in [(5, 8), (7, 1)]:
+        for k in range(10):
+            curriculum.update(task, k < successes)
+    return curriculum
+
+
+def test_curriculum_formulas():
+    s = np.array([9 / 12, 2 / 12, 1 / 2])  # with one success and one failure added
+    np.testing.assert_allclose(_taught("eq4").success_rates(), s)
+    eq4 = np.exp((0.5 - s) / 0.3)
+    np.testing.assert_allclose(_taught("eq4").probabilities(), eq4 / eq4.sum(), rtol=1e-12)
+    frontier = np.exp(-np.abs(0.5 - s) / 0.3)
+    np.testing.assert_allclose(_taught("frontier").probabilities(), frontier / frontier.sum(), rtol=1e-12)
+    np.testing.assert_allclose(_taught("uniform").probabilities(), 1 / 3)
+    assert Curriculum([1, 2], "eq4").probabilities().tolist() == [0.5, 0.5]  # nothing known: no preference
+    assert np.isfinite(_taught("eq4", tau=1e-6).probabilities()).all()
+
+
+def test_curriculum_samples_at_its_probabilities():
+    curriculum, rng = _taught("eq4"), np.random.default_rng(0)
+    drawn = [curriculum.sample(rng) for _ in range(4000)]
+    shares = [drawn.count(t) / 4000 for t in (5, 7, 9)]
+    np.testing.assert_allclose(shares, curriculum.probabilities(), atol=0.03)
+
+
+def test_curriculum_forgets_and_resumes():
+    curriculum = Curriculum([0, 1], window=4)
+    for success in [False] * 6 + [True] * 3:
+        curriculum.update(0, success)
+    np.testing.assert_allclose(curriculum.success_rates(), [4 / 6, 0.5])  # of the last four: F T T T
+    copy = Curriculum([0, 1], window=4)
+    copy.load_state_dict(curriculum.state_dict())
+    for c in (curriculum, copy):
+        c.update(0, False)  # pushes out the oldest, so order must have survived
+        c.update(1, True)
+    assert copy.probabilities().tolist() == curriculum.probabilities().tolist()
+    assert copy.num_updates == curriculum.num_updates
+    with pytest.raises(UserError, match="saved state"):
+        Curriculum([0, 1, 2]).load_state_dict(curriculum.state_dict())
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(task_ids=[]), dict(task_ids=[1, 1]), dict(mode="hard"), dict(tau=0.0), dict(window=0)]
+)
+def test_curriculum_bad_input(arguments):
+    with pytest.raises(UserError):
+        Curriculum(**{"task_ids": [0, 1], **arguments})
+
+
+# ---- environments ----------------------------------------------------------------------------------------------------
+
+libero = pytest.mark.libero
+
+
+def _make(num_workers, **options):
+    settings = dict(action_repeat=2, max_steps=6, num_workers=num_workers, seed=3, progress=False)
+    return LiberoVecEnv(SUITE, N, TASKS, **{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def one():
+    envs = _make(1)
+    yield envs
+    envs.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    envs = _make(2)
+    yield envs
+    envs.close()
+
+
+@pytest.fixture(autouse=True)
+def _settings(request):
+    """The environments are shared between tests (a build takes seconds); each test finds the same settings."""
+    yield
+    for name in {"one", "two"} & set(request.fixturenames):
+        envs = request.getfixturevalue(name)
+        envs.action_repeat, envs.max_steps, envs.timeout = 2, 6, 60.0
+
+
+def _actions(step):
+    return np.random.default_rng(step).uniform(-1, 1, (N, 7))
+
+
+def _record(obs, info, *flags):
+    keys = ("eef_pos", "gripper", "init_state", "success", "episode_length", "task_id_ended", "started", "_final_obs")
+    record = {k: np.copy(info[k]) for k in keys if k in info}
+    record |= {"frames": obs["agentview"].copy(), "task_id": obs["task_id"], "instruction": obs["instruction"]}
+    if "_final_obs" in info:
+        record["final"] = info["final_obs"]["agentview"][info["_final_obs"]].copy()
+    return record | {str(i): np.copy(f) for i, f in enumerate(flags)}
+
+
+def _rollout(envs, steps, first=0):
+    records = []
+    for k in range(first, first + steps):
+        obs, *flags, info = envs.step(_actions(k))
+        records.append(_record(obs, info, *flags))
+    return records
+
+
+def _assert_same(a, b, rows=slice(None)):
+    assert len(a) == len(b)
+    for k, (x, y) in enumerate(zip(a, b)):
+        assert x.keys() == y.keys()
+        for name in x:
+            if name == "final" and rows != slice(None):
+                continue
+            np.testing.assert_array_equal(x[name][rows], y[name][rows], err_msg=f"step {k}, {name}")
+
+
+@libero
+def test_same_trajectories_with_one_and_two_workers(one, two):
+    runs = []
+    for envs in (one, two):
+        obs, info = envs.reset(seed=11)
+        runs.append([_record(obs, info)] + _rollout(envs, 7))  # two episode ends in each slot
+    _assert_same(*runs)
+    frames = runs[0][0]["frames"]
+    assert not np.array_equal(frames[0], frames[1])  # slots do not share their randomness
+    obs, info = one.reset()
+    assert not np.array_equal(obs["agentview"], frames)  # goes on: other episodes
+    obs, info = one.reset(seed=11)
+    np.testing.assert_array_equal(obs["agentview"], frames)
+    obs, info = one.reset(seed=12)
+    assert not np.array_equal(obs["agentview"], frames)
+
+
+@libero
+def test_halves_in_turn_equal_whole_steps(one, two):
+    one.reset(seed=5)
+    whole = _rollout(one, 5)
+    two.reset(seed=5)
+    groups = (slice(0, 2), slice(2, 3))
+    for k in range(5):
+        for g in groups:
+            two.step_async(_actions(k)[g], g)
+        for g in groups:
+            obs, *flags, info = two.step_wait(g)
+            expected = {name: array[g] for name, array in whole[k].items()}
+            expected["final"] = whole[k]["final"] if not len(whole[k]["final"]) else whole[k]["final"][g]
+            _assert_same([_record(obs, info, *flags)], [expected])
+
+
+@libero
+def test_gymnasium_interface(one):
+    obs, info = one.reset(seed=0)
+    assert one.observation_space.contains({**obs, "instruction": tuple(obs["instruction"])})
+    assert one.single_action_space.shape == (7,) and one.action_space.shape == (N, 7)
+    assert one.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    obs, reward, terminated, truncated, info = one.step(one.action_space.sample())
+    assert reward.shape == terminated.shape == truncated.shape == (N,)
+    assert (reward.dtype, terminated.dtype, truncated.dtype) == (np.float32, bool, bool)
+    assert info["eef_pos"].shape == (N, 3) and (info["gripper"] > 0).all()
+    assert set(info["timing"]) == {"physics", "render", "reset", "busiest", "wall", "wait"}
+    assert obs["instruction"][0] == one._instructions[obs["task_id"][0]]
+
+
+@libero
+def test_truncation_and_final_observation(one):
+    """An episode cut at the limit shows, as its last picture, what an uncut one shows at that step."""
+    one.max_steps = 100
+    one.reset(seed=2)
+    uncut = _rollout(one, 3)
+    one.max_steps = 5  # not a multiple of the action repeat
+    one.reset(seed=2)
+    cut = _rollout(one, 3)
+    assert [r["_final_obs"].all() for r in cut] == [False, False, True]
+    assert cut[2]["episode_length"].tolist() == [5] * N
+    for k in range(2):
+        np.testing.assert_array_equal(cut[k]["frames"], uncut[k]["frames"])
+    assert not np.array_equal(cut[2]["frames"], cut[2]["final"])
+    one.max_steps = 6
+    one.reset(seed=2)
+    last = _rollout(one, 3)[2]
+    np.testing.assert_array_equal(last["final"], uncut[2]["frames"])
+    np.testing.assert_array_equal(last["eef_pos"], uncut[2]["eef_pos"])  # of the state before the reset
+    assert last["2"].all() and not last["1"].any() and not last["0"].any()  # truncated, not terminated, no reward
+
+
+def _soup_in_basket(state, slot):
+    """A copy of the saved environments in which slot's task 0 (alphabet soup) is all but done."""
+    import sim
+
+    task = sim.TaskSim(SUITE, 0, "none")
+    qpos = 1 + task.model.joint("alphabet_soup_1_joint0").qposadr[0]  # the state vector begins with the time
+    episode = task.episode()
+    episode.set_state(state[f"sim_{slot}"])
+    basket = episode.privileged()["objects"]["basket_1"][0]
+    state = {name: array.copy() for name, array in state.items()}
+    state[f"sim_{slot}"][qpos : qpos + 3] = basket + [0.0, 0.0, 0.06]
+    return state
+
+
+@libero
+def test_success_ends_the_decision_early(one):
+    one.action_repeat, one.max_steps = 4, 280
+    one.reset(seed=0, options={"task_ids": [0] * N, "init_states": [0, 1, 2]})
+    state = _soup_in_basket(one.get_state(), slot=1)
+    one.set_state(state)
+    obs, reward, terminated, truncated, info = one.step(np.zeros((N, 7)))
+    assert reward.tolist() == [0, 1, 0] and terminated.tolist() == [False, True, False] and not truncated.any()
+    assert info["success"].tolist() == [False, True, False]
+    assert info["episode_length"][1] < 4 and info["episode_length"][0] == 4
+    assert info["init_state"].tolist() == [0, 1, 2] and info["task_id_ended"].tolist() == [0, 0, 0]
+    assert one.curriculum.num_updates == int(state["curriculum_num_updates"])  # asked for: none of its business
+
+
+@libero
+def test_saved_state_continues_equally(one, two, tmp_path):
+    """Mid-episode, across episode ends, into other processes, through a file that needs no unpickling."""
+    one.reset(seed=8)
+    _rollout(one, 4)
+    np.savez(tmp_path / "state.npz", **one.get_state())
+    expected = _rollout(one, 5, first=4)
+    with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
+        state = dict(file)
+    _rollout(two, 1)
+    obs = two.set_state(state)
+    np.testing.assert_array_equal(obs["agentview"], state["agentview"])
+    _assert_same(expected, _rollout(two, 5, first=4))
+    with pytest.raises(UserError, match="settings"):
+        two.action_repeat = 3
+        two.set_state(state)
+
+
+@libero
+def test_curriculum_is_asked_and_told(one):
+    one.curriculum, before = Curriculum(TASKS, "eq4", tau=0.01), one.curriculum
+    for _ in range(20):
+        one.curriculum.update(0, True)  # task 0 is easy, so Eq. 4 at this temperature only plays task 1
+    try:
+        obs, _ = one.reset(seed=1)
+        assert obs["task_id"].tolist() == [1] * N
+        _rollout(one, 3)
+        assert one.curriculum.num_updates == 20 + N
+        one.curriculum.load_state_dict(Curriculum(TASKS).state_dict())
+        for _ in range(20):
+            one.curriculum.update(1, True)
+        assert _rollout(one, 3)[-1]["task_id"].tolist() == [0] * N  # fresh statistics, not those of an episode ago
+    finally:
+        one.curriculum = before
+
+
+@libero
+def test_assignments_and_parking(one):
+    one.action_repeat, one.max_steps = 2, 4
+    obs, info = one.reset(options={"task_ids": [1, None, 0], "init_states": [7, None, 3]})
+    assert one.active.tolist() == [True, False, True] and obs["task_id"][[0, 2]].tolist() == [1, 0]
+    assert info["init_state"][[0, 2]].tolist() == [7, 3]
+    one.assign(0, 0, 9)
+    one.assign(2, None)
+    one.step(_actions(0))
+    *_, truncated, info = one.step(_actions(1))
+    assert truncated.tolist() == [True, False, True] and info["started"].tolist() == [True, False, False]
+    assert info["init_state"][[0, 2]].tolist() == [7, 3] and one.active.tolist() == [True, False, False]
+    one.assign(1, 1, 0)  # a parked slot begins with the next step
+    *_, truncated, info = one.step(_actions(2))
+    assert info["started"].tolist() == [False, True, False] and one.active.tolist() == [True, True, False]
+    *_, truncated, info = one.step(_actions(3))
+    assert truncated.tolist() == [True, False, False] and info["init_state"][0] == 9
+    # Initial state 9 of task 0 is the same picture in any slot and after any history.
+    obs, _ = one.reset(options={"task_ids": [0] * N, "init_states": [9] * N})
+    np.testing.assert_array_equal(obs["agentview"][0], obs["agentview"][2])
+
+
+@libero
+def test_protocol_states_and_manual_reset(tmp_path):
+    envs = _make(1, init_states="protocol", autoreset=False, tasks_per_worker=1, max_steps=2)
+    try:
+        _, info = envs.reset(options={"task_ids": [0, 1, 0]})
+        assert (info["init_state"] == -1).all()  # asked for without one
+        _, info = envs.reset()
+        assert ((0 <= info["init_state"]) & (info["init_state"] < 50)).all()
+        assert envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+        obs, _, _, truncated, info = envs.step(_actions(0))
+        assert truncated.all() and not envs.active.any()
+        np.testing.assert_array_equal(obs["agentview"], info["final_obs"]["agentview"])
+        before = obs["agentview"].copy()
+        obs, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
+        assert envs.active.tolist() == [False, True, False]
+        changed = [not np.array_equal(x, y) for x, y in zip(before, obs["agentview"])]
+        assert changed == [False, True, False]
+        _, _, terminated, truncated, _ = envs.step(_actions(1))
+        assert truncated.tolist() == [False, True, False]
+    finally:
+        envs.close()
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+@libero
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_lost_worker_is_replaced_and_the_others_keep_their_data(two, capfd, how):
+    two.max_steps = 12
+    two.reset(seed=4)
+    undisturbed = _rollout(two, 8)
+    two.reset(seed=4)
+    _assert_same(undisturbed[:2], _rollout(two, 2))
+    last_seen = two._s.agentview.copy()
+    two.timeout = 4.0
+    capfd.readouterr()
+    t0 = time.monotonic()
+    os.kill(two._workers[0].process.pid, how)  # owns slots 0 and 1
+    obs, reward, terminated, truncated, info = two.step(_actions(2))
+    assert time.monotonic() - t0 < 60
+    two.timeout = 60.0
+    assert truncated.tolist() == [True, True, False] == info["worker_restarted"].tolist()
+    assert not terminated.any() and not reward.any()
+    assert info["started"].tolist() == [True, True, False]
+    np.testing.assert_array_equal(info["final_obs"]["agentview"][:2], last_seen[:2])
+    _assert_same(undisturbed[2:3], [_record(obs, info, reward, terminated, truncated)], slice(2, 3))
+    _assert_same(undisturbed[3:], _rollout(two, 5, first=3), slice(2, 3))
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "environment worker 0 (environments 0 to 1)" in lines[0], lines
+    assert ("SIGKILL" if how == signal.SIGKILL else "no answer in time") in lines[0]
+
+
+@libero
+def test_kills_at_any_moment_lose_nothing(two):
+    """Whatever a worker was doing, every step comes back, and each row is either an ordinary step or a marked cut."""
+    two.reset(seed=6)
+    rng = np.random.default_rng(0)
+    expected_length = np.zeros(N, int)
+    for k in range(12):
+        two.step_async(_actions(k))
+        if k % 4 == 1:
+            time.sleep(rng.uniform(0, 0.12))
+            two._workers[k // 4 % 2].process.kill()
+        _, reward, terminated, truncated, info = two.step_wait()
+        cut = info["worker_restarted"]
+        assert (truncated[cut]).all() and not terminated[cut].any()
+        length = info["episode_length"]
+        assert ((length == expected_length + 2) | (cut & (length == expected_length))).all()
+        expected_length = np.where(truncated | terminated, 0, length)
+
+
+@libero
+def test_gives_up_on_a_worker_that_never_recovers(capfd, monkeypatch):
+    monkeypatch.setattr("envs.BUILD_TIMEOUT", 0.2)  # no start can make that
+    with pytest.raises(UserError, match="giving up"):
+        _make(1)
+    assert capfd.readouterr().err.count("restarting") == 3
+
+
+def _gone(pids, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        alive = [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@libero
+@pytest.mark.parametrize("moment", ["building", "stepping"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_outlives_the_main_process(how, moment):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy as np, envs\n"
+        "spawn = envs.LiberoVecEnv._spawn\n"
+        "def loud(self, handle): spawn(self, handle); print(handle.process.pid, flush=True)\n"
+        "envs.LiberoVecEnv._spawn = loud\n"
+        "e = envs.LiberoVecEnv('libero_object', 2, [0], num_workers=2, progress=False); e.reset()\n"
+        "while True: e.step(np.zeros((2, 7))); print('step', flush=True)\n"
+    )
+    shared_before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    if moment == "stepping":
+        assert process.stdout.readline().strip() == "step"
+    else:
+        time.sleep(2.0)  # Python has started, models are being compiled
+    assert all(psutil.pid_exists(p) for p in pids)
+    os.killpg(process.pid, how)
+    process.communicate(timeout=20)
+    assert _gone(pids, 15)
+    if shared_before:
+        assert not [n for n in set(os.listdir("/dev/shm")) - shared_before if "libero" in n or n.startswith("psm_")]
+
+
+@libero
+def test_close_ends_the_workers():
+    envs = LiberoVecEnv(SUITE, 1, [0], progress=False)
+    pid = envs._workers[0].process.pid
+    envs.close()
+    assert _gone([pid], 5)
+    with pytest.raises(RuntimeError, match="closed"):
+        envs.reset()
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@libero
+def test_bad_actions_are_named_and_nothing_moves(one):
+    one.reset(seed=0)
+    before = one.get_state()
+    for value in (np.nan, np.inf):
+        actions = np.zeros((N, 7))
+        actions[1, 3] = value
+        with pytest.raises(ValueError, match="environment 1 is not finite"):
+            one.step(actions)
+    with pytest.raises(ValueError, match=r"shape \(3, 7\)"):
+        one.step(np.zeros((2, 7)))
+    with pytest.raises(RuntimeError, match="step_async"):
+        one.step_wait()
+    after = one.get_state()
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    one.step_async(np.zeros((N, 7)))
+    for call in (one.reset, one.get_state, lambda: one.step_async(np.zeros((N, 7)))):
+        with pytest.raises(RuntimeError, match="under way"):
+            call()
+    one.step_wait()
+
+
+@libero
+def test_bad_assignments(one):
+    for task, init in [(5, 0), (0, 50), (0, -1)]:
+        with pytest.raises(UserError):
+            one.assign(0, task, init)
+    with pytest.raises(ValueError, match="one entry per environment"):
+        one.reset(options={"task_ids": [0]})
+    with pytest.raises(ValueError, match="unknown option"):
+        one.reset(options={"task": [0] * N})
+
+
+@libero
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(num_envs=0),
+        dict(suite="libero_objects"),
+        dict(task_ids=[10]),
+        dict(task_ids=[-1]),
+        dict(task_ids=[]),
+        dict(task_ids=[0, 0]),
+        dict(action_repeat=0),
+        dict(max_steps=0),
+        dict(num_workers=0),
+        dict(render="fast"),
+        dict(init_states="stored"),
+        dict(seed=-1),
+        dict(task_ids=[0], curriculum=Curriculum([0, 1])),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_one_line(arguments):
+    with pytest.raises(UserError) as error:
+        LiberoVecEnv(**{"suite": SUITE, "num_envs": 1, "progress": False, **arguments})
+    assert "\n" not in str(error.value)
+
+
+@libero
+def test_missing_egl_is_one_line(monkeypatch, capfd):
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nonexistent.json")  # libglvnd then finds no driver
+    with pytest.raises(UserError, match="apt-get install"):
+        LiberoVecEnv(SUITE, 1, [0], progress=False)
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,258 @@
+"""eval.py: the table's arithmetic, and an evaluation that gives one answer however it was run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import UserError, wilson_interval
+from eval import EpisodeLog, EvalResult, evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = "libero_object"
+
+
+def _episodes(outcomes):
+    return [
+        {"task_id": task, "init_state": i, "success": s, "steps": 100 + i if s else 280}
+        for task, row in outcomes.items()
+        for i, s in enumerate(row)
+    ]
+
+
+def test_table_counts_and_intervals():
+    result = EvalResult(SUITE, ["zero", "one", "two"], _episodes({2: [True, False, True, False], 0: [False] * 4}))
+    none, half, total = result.rows()
+    assert (none["task_id"], none["instruction"], none["successes"], none["mean_steps"]) == (0, "zero", 0, None)
+    assert (half["success_rate"], half["episodes"], half["mean_steps"]) == (0.5, 4, 101.0)
+    assert (total["successes"], total["episodes"]) == (2, 8) and result.success_rate == 0.25
+    assert (total["low"], total["high"]) == wilson_interval(2, 8)
+    lines = result.to_markdown().splitlines()
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert "| 2 | two | 50.0 % | 15.0 to 85.0 % | 4 | 101 |" in lines
+    back = json.loads(json.dumps(result.to_dict()))
+    assert EvalResult(SUITE, result.instructions, back["episodes"]).rows() == result.rows()
+    assert EvalResult(SUITE, [], []).success_rate == 0.0
+
+
+def test_log_survives_a_kill_and_refuses_other_settings(tmp_path):
+    path, episodes = tmp_path / "a" / "episodes.jsonl", _episodes({0: [True, False]})
+    log = EpisodeLog(path, {"seed": 1, "suite": SUITE})
+    for episode in episodes:
+        log.append(episode)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"task_id": 0, "init_st')  # killed while writing
+    log = EpisodeLog(path, {"seed": 1, "suite": SUITE})
+    assert log.episodes == episodes and path.read_bytes() == whole
+    log.append({"task_id": 1})
+    assert EpisodeLog(path, {"seed": 1, "suite": SUITE}).episodes == [*episodes, {"task_id": 1}]
+    with pytest.raises(UserError, match="seed = 1, this command has 2"):
+        EpisodeLog(path, {"seed": 2, "suite": SUITE})
+    with pytest.raises(UserError, match="render = None, this command has light"):
+        EpisodeLog(path, {"seed": 1, "suite": SUITE, "render": "light"})
+    for garbage in (b"no json\n", b"[1]\n", b'{"a": 1}\n', b"\xff\xfe\n"):
+        path.write_bytes(garbage)
+        with pytest.raises(UserError, match="not a log"):
+            EpisodeLog(path, {"seed": 1})
+        assert path.read_bytes() == garbage
+    with pytest.raises(UserError, match="cannot write"):
+        EpisodeLog(path / "below_a_file" / "episodes.jsonl", {})
+
+
+# ---- on the simulator ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    from policy import build_tiny
+
+    model = build_tiny(seed=0)
+    model.norm_stats[SUITE] = {"action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+    return model
+
+
+@pytest.fixture(scope="module")
+def envs(model):
+    from envs import LiberoVecEnv
+
+    options = dict(action_repeat=model.action_repeat, max_steps=50, num_workers=1, progress=False)
+    envs = LiberoVecEnv(SUITE, 3, [0, 1], **options)
+    yield envs
+    envs.close()
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Episodes of 12 control steps, so that dozens of them take seconds."""
+    import sim
+
+    monkeypatch.setitem(sim.MAX_STEPS, SUITE, 12)
+
+
+def _played(result):
+    return sorted((e["task_id"], e["init_state"]) for e in result.episodes)
+
+
+def _frames(directory):
+    import imageio
+
+    return {path.name: np.stack(imageio.mimread(path)) for path in sorted(directory.glob("*.mp4"))}
+
+
+@pytest.mark.libero
+def test_same_episodes_whatever_runs_beside_them(model, envs, short, tmp_path):
+    """At a temperature above 0, so that every action depends on the sampling; the videos show what happened."""
+    options = dict(temperature=1.0, seed=7, video=3, progress=False)
+    together = evaluate(model, SUITE, [0, 1], 3, envs=envs, video_dir=tmp_path / "a", **options)
+    alone = evaluate(model, SUITE, [1], 3, num_envs=1, video_dir=tmp_path / "b", **options)
+    assert _played(together) == [(t, i) for t in (0, 1) for i in range(3)]
+    assert {e["steps"] for e in together.episodes} == {12}
+    a, b = _frames(tmp_path / "a"), _frames(tmp_path / "b")
+    assert len(a) == 6 and list(b) == [name for name in a if name.startswith("task01")]
+    for name in b:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    first = a["task01_state00_failure.mp4"]
+    assert first.shape[1:] == (256, 256, 3)
+    different = evaluate(model, SUITE, [1], 1, envs=envs, video_dir=tmp_path / "c", **{**options, "seed": 8})
+    assert different.row(1)["episodes"] == 1
+    assert not np.array_equal(_frames(tmp_path / "c")["task01_state00_failure.mp4"], first)
+
+
+@pytest.mark.libero
+def test_interrupted_evaluation_goes_on(model, envs, short, tmp_path):
+    whole = evaluate(model, SUITE, [0, 1], 4, envs=envs, progress=False)
+    path, settings = tmp_path / "episodes.jsonl", {"suite": SUITE}
+    log = EpisodeLog(path, settings)
+
+    def interrupt_after_three(episode):
+        log.append(episode)
+        if len(path.read_text().splitlines()) == 1 + 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, SUITE, [0, 1], 4, envs=envs, on_episode=interrupt_after_three, progress=False)
+    log = EpisodeLog(path, settings)
+    assert len(log.episodes) == 3
+    rest = []
+    options = dict(envs=envs, on_episode=rest.append, progress=False)
+    resumed = evaluate(model, SUITE, [0, 1], 4, finished=log.episodes, **options)
+    assert len(rest) == 5 and resumed.to_dict() == whole.to_dict()
+    again = evaluate(model, SUITE, [0, 1], 4, finished=resumed.episodes, **options)
+    assert len(rest) == 5 and again.to_dict() == whole.to_dict()
+    fewer = evaluate(model, SUITE, [1], 2, envs=envs, finished=resumed.episodes, progress=False)
+    assert len(fewer.episodes) == 2
+
+
+@pytest.mark.libero
+def test_borrowed_environments_go_on_as_if_nothing_had_happened(model, envs, short):
+    def some_steps():
+        records = []
+        for k in range(3):
+            obs, _, _, truncated, info = envs.step(np.random.default_rng(k).uniform(-1, 1, (3, 7)))
+            records.append((obs["agentview"].copy(), obs["task_id"], truncated, info["eef_pos"]))
+        return records
+
+    envs.reset(seed=0)
+    some_steps()
+    state = envs.get_state()
+    expected = some_steps()
+    envs.set_state(state)
+    evaluate(model, SUITE, [0], 4, envs=envs, progress=False)
+    assert envs.max_steps == 50
+    for a, b in zip(expected, some_steps()):
+        for x, y in zip(a, b):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.libero
+def test_a_killed_worker_costs_no_episode(model, envs, short, capfd):
+    ended = []
+
+    def kill_once(episode):
+        ended.append(episode)
+        if len(ended) == 1:
+            envs._workers[0].process.kill()
+
+    result = evaluate(model, SUITE, [0, 1], 3, envs=envs, on_episode=kill_once, progress=False)
+    assert _played(result) == [(t, i) for t in (0, 1) for i in range(3)]
+    assert {e["steps"] for e in result.episodes} == {12}
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.libero
+def test_bad_requests(model, envs):
+    for arguments in [
+        dict(task_ids=[99]),
+        dict(episodes_per_task=0),
+        dict(episodes_per_task=51),
+        dict(suite="libero_goal", envs=envs),
+        dict(task_ids=[5], envs=envs),
+    ]:
+        with pytest.raises(UserError):
+            evaluate(model, **{"suite": SUITE, "task_ids": [0], "progress": False, **arguments})
+
+
+def _command(*flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "eval.py", *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    "flags, message, code",
+    [
+        (["--checkpoint", "/nonexistent"], "no checkpoint at", 1),
+        (["--checkpoint", "x", "--suite", "libero"], "unknown suite", 1),
+        (["--checkpoint", "x", "--task-ids", "3,10"], "task id 10", 1),
+        (["--checkpoint", "x", "--num-envs", "0"], "--num-envs", 2),
+        (["--checkpoint", "x", "--episodes-per-task", "51"], "--episodes-per-task", 2),
+        (["--checkpoint", "x", "--temperature", "nan"], "--temperature", 2),
+        ([], "--checkpoint", 2),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, message, code):
+    process = _command(*flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code and message in err and len(err.strip().splitlines()) == 1 and out == "", err
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_command_again(model, tmp_path):
+    model.save_pretrained(tmp_path / "policy")
+    flags = ["--checkpoint", tmp_path / "policy", "--task-ids", "0", "--episodes-per-task", 3, "--num-envs", 1]
+    flags += ["--out", tmp_path / "out", "--json"]
+    log = tmp_path / "out" / "episodes.jsonl"
+    process = _command(*flags)
+    end = time.monotonic() + 200
+    while time.monotonic() < end and not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    before = log.read_text().splitlines()
+    assert 2 <= len(before) < 4
+    process = _command(*flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert log.read_text().splitlines()[: len(before)] == before and len(log.read_text().splitlines()) == 4
+    result = json.loads(out)
+    assert result["total"]["episodes"] == 3 and json.loads((tmp_path / "out" / "results.json").read_text()) == result
+    assert "| 0 | pick up the alphabet soup" in (tmp_path / "out" / "results.md").read_text()
+    process = _command(*flags, "--temperature", 1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "temperature = 0.0, this command has 1.0" in err
