@@ -370,7 +370,7 @@ def read_demos(path, images=True):
                 if "states" in g:
                     demo["states"] = np.asarray(g["states"])
                 if images:
-                    demo["agentview"] = np.ascontiguousarray(obs["agentview_rgb"][:, ::-1, ::-1])
+                    demo["agentview"] = np.ascontiguousarray(np.asarray(obs["agentview_rgb"])[:, ::-1, ::-1])
                 if demo["actions"].ndim != 2 or demo["actions"].shape[1] != 7:
                     raise UserError(f"{path} {name}: actions have shape {demo['actions'].shape}, expected (T, 7)")
                 yield demo

@@ -231,7 +231,7 @@ class _Worker:
         return self.episodes[i]
 
     def start(self, i):
-        """Begin the assigned episode in slot i. Returns its first picture; the caller decides when to publish it."""
+        """Begin the assigned episode in slot i. Returns its first picture."""
         s = self.shared
         task_id, init, seed, number = (int(x) for x in s.assignment[i])
         episode = self.load(i, task_id)
@@ -243,7 +243,7 @@ class _Worker:
         t1 = time.perf_counter()
         frame = episode.render()
         s.seconds[i] += 0.0, time.perf_counter() - t1, t1 - t0
-        s.task_id[i], s.init_state[i], s.steps[i], s.parked[i] = task_id, init, 0, False
+        s.task_id[i], s.init_state[i], s.steps[i] = task_id, init, 0
         return frame
 
     def publish_privileged(self, i):
@@ -255,16 +255,23 @@ class _Worker:
         for i in slots:
             self.shared.agentview[i] = self.start(i)
             self.publish_privileged(i)
+            self.shared.parked[i] = False
 
     def step(self, slots, action_repeat, max_steps):
+        s = self.shared
         for i in slots:
-            if self.shared.parked[i]:
-                self.wake(i)
+            ended = s.terminated[i] or s.truncated[i]
+            if ended or s.started[i]:  # reported by a worker that died before it had done all its slots:
+                self.begin_next(i)  # the report stands, and the episode after it begins once more
+            elif s.parked[i]:
+                s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], 0
+                if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
+                    self.begin_next(i)  # the action of this step belongs to no episode
             elif i in self.episodes:
                 self.step_slot(i, action_repeat, max_steps)
             else:
                 self.cut_lost_episode(i)
-            self.shared.status[i] = DONE
+            s.status[i] = DONE
 
     def step_slot(self, i, action_repeat, max_steps):
         s, episode = self.shared, self.episodes[i]
@@ -284,48 +291,40 @@ class _Worker:
         s.seconds[i] += t1 - t0, time.perf_counter() - t1, 0.0
         s.steps[i] = steps
         self.publish_privileged(i)
-        s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], s.steps[i]
+        s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], steps
         truncated = not success and steps >= max_steps
         if success or truncated:
             self.end(i, frame, success, truncated)
         else:
             s.agentview[i] = frame
 
-    def end(self, i, last_frame, success, truncated):
-        """The episode of slot i is over: keep its last picture and, with autoreset, begin the next one at once."""
-        s = self.shared
-        first_frame = None
-        if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
-            first_frame = self.start(i)
-        s.final_agentview[i] = last_frame
-        s.reward[i], s.terminated[i], s.truncated[i] = float(success), success, truncated
-        if first_frame is None:
-            s.agentview[i], s.parked[i] = last_frame, True
-        else:
-            s.agentview[i], s.started[i] = first_frame, True
-
-    def wake(self, i):
-        """A parked slot with a new assignment begins it; the action of this step belongs to no episode."""
-        s = self.shared
-        s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], 0
-        if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
-            s.agentview[i] = self.start(i)
-            self.publish_privileged(i)
-            s.started[i] = True
-
     def cut_lost_episode(self, i):
-        """Step of a slot whose episode died with an earlier worker: finish what that worker had begun to report."""
+        """Step of a slot whose episode died with an earlier worker."""
         s = self.shared
-        if s.status[i] == DONE and (s.terminated[i] or s.truncated[i]):
-            # It had ended and been reported in full; only the episode after it is gone, and that one is just beginning.
-            if s.started[i]:
-                s.agentview[i] = self.start(i)
-            return
         # NEW: it had not touched this slot. DONE: the step is complete. In between, the picture may be half new.
         last_frame = (s.final_agentview if s.status[i] == SAVED else s.agentview)[i].copy()
         s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], s.steps[i]
         s.worker_restarted[i] = True
         self.end(i, last_frame, success=False, truncated=True)
+
+    def end(self, i, last_frame, success, truncated):
+        """The episode of slot i is over: report it, then begin the next one in the same step."""
+        s = self.shared
+        s.final_agentview[i] = last_frame
+        s.reward[i], s.terminated[i], s.truncated[i] = float(success), success, truncated
+        self.begin_next(i)
+
+    def begin_next(self, i):
+        """The assigned episode; without one (or without autoreset) the slot is parked and shows its last picture."""
+        s = self.shared
+        if self.config["autoreset"] and s.assignment[i, 0] != NO_TASK:
+            fresh = s.parked[i]
+            s.agentview[i] = self.start(i)
+            if fresh:  # after an end, these stay those of the state that the action led to
+                self.publish_privileged(i)
+            s.started[i], s.parked[i] = True, False
+        else:
+            s.agentview[i], s.parked[i] = s.final_agentview[i], True
 
     def get_state(self, slots):
         return {i: self.episodes[i].get_state() for i in slots if i in self.episodes}
@@ -430,7 +429,7 @@ class _Handle:
     def how_it_ended(self):
         """In words; for a worker whose pipe is closed."""
         try:
-            code = self.process.wait(1.0)
+            code = self.process.wait(10.0)  # the pipe closes first, then a gigabyte is given back
         except subprocess.TimeoutExpired:
             return "closed its pipe"
         self.log.seek(0)
@@ -471,8 +470,9 @@ class LiberoVecEnv(VectorEnv):
     curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Episodes that were asked for by `assign` or
         by the options of `reset` do not count in its statistics.
     autoreset: True = SAME_STEP; False = a slot whose episode ended is parked until `reset`.
-    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), TASK_MEMORY each. Beyond that, the
-        least recently used one that no slot plays is dropped, and a later visit costs a rebuild (seconds).
+    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.5 GB each and 0.9 GB more for the
+        first; a slot costs 5 MB. Beyond that number, the least recently used task that no slot plays is dropped, and a
+        later visit costs a rebuild (seconds).
     timeout: seconds that a worker may take for one command before it counts as hung and is replaced.
     egl_devices: EGL device numbers, given to the workers in turn (default: leave the choice to EGL).
 
@@ -528,6 +528,7 @@ class LiberoVecEnv(VectorEnv):
         self._stepping = np.zeros(num_envs, bool)
         self._sent_at = np.zeros(num_envs)
         self._egl_devices = egl_devices
+        self.num_restarts = 0  # workers replaced so far
         self._config = {"parent": os.getpid(), "suite": suite, "num_envs": num_envs, "render": render,
                         "autoreset": autoreset, "tasks_per_worker": tasks_per_worker, "shared_fd": shared_fd}
         shares = np.array_split(np.arange(num_envs), min(num_envs, num_workers))
@@ -550,6 +551,10 @@ class LiberoVecEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     # ---- workers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def worker_pids(self):
+        return [handle.process.pid for handle in self._workers if handle.process]
 
     def _spawn(self, handle):
         handle.spawn(self._config, self._egl_devices and self._egl_devices[handle.index % len(self._egl_devices)])
@@ -612,6 +617,7 @@ class LiberoVecEnv(VectorEnv):
     def _replace(self, handle, why):
         """Kill and respawn a worker and repeat what it owed. Its slots are empty then; see `cut_lost_episode`."""
         handle.failures += 1
+        self.num_restarts += 1
         name = f"environment worker {handle.index} (environments {handle.slots[0]} to {handle.slots[-1]})"
         why = " ".join(why.split())
         if handle.failures > MAX_FAILURES:
@@ -811,7 +817,12 @@ class LiberoVecEnv(VectorEnv):
         return slots | simulators | curriculum | mine
 
     def set_state(self, state):
-        """Continue from `get_state()`. Returns the observation. Raises UserError for a state of other settings."""
+        """Continue from `get_state()`. Returns the observation. Raises UserError for a state of other settings.
+
+        A step that is under way is abandoned. So an interrupted evaluation can still hand back what it borrowed.
+        """
+        self._await(range(self.num_envs))
+        self._stepping[:] = False
         self._check_idle("set_state", slice(None))
         theirs, ours = bytes(np.asarray(state["settings"])), bytes(self._settings())
         if theirs != ours:

@@ -626,22 +626,30 @@ class OpenVLA(nn.Module):
 
     @classmethod
     def from_config(cls, config, seed=0, dtype=torch.float32, device="cpu"):
-        """Random weights. Built on the device itself, so that even 7B never pass through host memory."""
+        """Random weights. Built on the device itself, so that even 7B never pass through host memory.
+
+        Matrices get a standard deviation of 1 / sqrt(fan-in). At Llama's width that is the usual 0.02, but at the width
+        of openvla-tiny it is 0.09, and 0.02 would leave the image too quiet: memorising 32 images, the loss began to
+        depend on the image after 100 steps with this, and not within 150 with 0.02.
+        """
         with torch.device("meta"):
             model = cls(config)
         with explain_out_of_memory("this model does not fit; use --model openvla-tiny or a larger GPU"):
             model.to(dtype).to_empty(device=device)
         generator = torch.Generator(device).manual_seed(seed)
-        depth = 2 * model.text["num_hidden_layers"]
         for name, p in model.named_parameters():
-            if name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight", "scale_factor")):
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "scale_factor")):
                 nn.init.ones_(p)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # or the residual stream grows with depth
-                nn.init.normal_(p, std=0.02 / math.sqrt(depth), generator=generator)
+            elif name.endswith("pos_embed"):
+                # As large as the patch features that they are added to: where the gripper is, is what has to be learnt.
+                # At 0.02 openvla-tiny ignored the image for 64,000 samples, at 0.5 for fewer than 10,000.
+                nn.init.normal_(p, std=0.5, generator=generator)
+            elif name.endswith(("embed_tokens.weight", "lm_head.weight", "cls_token", "reg_token")):
+                nn.init.normal_(p, std=0.02, generator=generator)
             else:
-                nn.init.trunc_normal_(p, std=0.02, generator=generator)
+                nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
         return model
 
     @classmethod
@@ -1031,17 +1039,23 @@ def tiny_tokenizer(words, action_bins=256):
     return tokenizer
 
 
-def tiny_config(words=None, image_size=112, patch_size=16, vision_width=96, vision_blocks=4, vision_heads=4,
-                width=128, layers=4, heads=4, mlp=352, action_repeat=4, max_positions=256):
-    """config.json of openvla-tiny: the official fields with small numbers. A tower's last block is never computed."""
+def tiny_config(words=None, image_size=112, patch_size=16, vision_width=(96, 48), vision_blocks=(4, 2),
+                vision_heads=(4, 2), width=128, layers=3, heads=4, mlp=256, action_repeat=4, max_positions=256):
+    """config.json of openvla-tiny: the official fields with small numbers. A tower's last block is never computed.
+
+    vision_width, vision_blocks, vision_heads: of the DINOv2-like and the SigLIP-like tower (one number serves both).
+    The second tower is the smaller: at this size two towers see no more than one, and training is short of samples per
+    second (1.7 times as many as with two equal towers and a fourth language layer).
+    """
     tokenizer = tiny_tokenizer(libero_words() if words is None else words)
-    tower = dict(hidden_size=vision_width, num_hidden_layers=vision_blocks, num_attention_heads=vision_heads,
-                 intermediate_size=4 * vision_width, patch_size=patch_size, image_size=image_size)
+    pairs = [x if isinstance(x, tuple) else (x, x) for x in (vision_width, vision_blocks, vision_heads)]
+    towers = [dict(hidden_size=w, num_hidden_layers=b, num_attention_heads=h, intermediate_size=4 * w,
+                   patch_size=patch_size, image_size=image_size) for w, b, h in zip(*pairs, strict=True)]
     pad = tokenizer.token_to_id("<pad>")
     return {
         "model_type": "openvla", "arch_specifier": "no-align+fused-gelu-mlp", "image_sizes": [image_size, image_size],
         "n_action_bins": 256, "pad_to_multiple_of": 64, "pad_token_id": pad, "norm_stats": {},
-        "vision_configs": [{**tower, "num_register_tokens": 4}, {**tower, "num_register_tokens": 0}],
+        "vision_configs": [{**towers[0], "num_register_tokens": 4}, {**towers[1], "num_register_tokens": 0}],
         "text_config": {
             "model_type": "llama", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": pad + 64, "pad_token_id": pad,

@@ -955,7 +955,7 @@ class LabelArgs(RuleArgs):
 @dataclass
 class TrainArgs(RuleArgs):
     suite: str = flag("libero_object", "suite whose action statistics the policy's checkpoint is read with")
-    policy: str = flag("checkpoints/libero_object_sft", "SFT checkpoint to start from (directory or hub id)")
+    policy: str = flag("checkpoints/libero_object/policy", "SFT checkpoint to start from (directory or hub id)")
     out: Path = flag(Path("runs/rprm"), "directory for the reward model")
     successes: Path | None = flag(None, "the same of the policy's own successes, used like demonstrations")
     failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
@@ -983,8 +983,8 @@ class ScoreArgs(RuleArgs):
 @dataclass
 class EvaluateArgs:
     suite: str = flag("libero_object", "LIBERO suite to roll out on")
-    rprm: str = flag("checkpoints/libero_object_rprm", "reward model directory")
-    policy: str = flag("checkpoints/libero_object_sft", "policy checkpoint that acts")
+    rprm: str = flag("checkpoints/libero_object/rprm", "reward model directory")
+    policy: str = flag("checkpoints/libero_object/policy", "policy checkpoint that acts")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(5, "episodes per task, from the protocol's initial states", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)

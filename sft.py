@@ -41,14 +41,14 @@ class Args:
     )
     max_demos: int = field(default=0, metadata={"help": "use only so many demonstrations per task; 0 = all", "min": 0})
     steps: int = field(default=8000, metadata={"help": "optimiser steps", "min": 1})
-    batch_size: int = field(default=64, metadata={"help": "frames per optimiser step", "min": 1})
-    lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate (AdamW); cosine decay to 2 %", "min": 0})
+    batch_size: int = field(default=32, metadata={"help": "frames per optimiser step", "min": 1})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate (AdamW); cosine decay to 2 %", "min": 0})
     warmup: int = field(default=200, metadata={"help": "steps of linear learning-rate warm-up", "min": 1})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of the matrices", "min": 0})
     label_sigma: float = field(
-        default=3.0, metadata={"help": "width, in bins, of the soft targets of continuous dimensions; 0 = one-hot", "min": 0}
+        default=8.0, metadata={"help": "width, in bins, of the soft targets of continuous dimensions; 0 = one-hot", "min": 0}
     )
-    jitter: float = field(default=0.5, metadata={"help": "colour jitter; 1 = OpenVLA's training recipe", "min": 0})
+    jitter: float = field(default=0.2, metadata={"help": "colour jitter; 1 = OpenVLA's training recipe", "min": 0})
     ema: float = field(default=0.998, metadata={"help": "decay per step of the averaged weights that are saved", "max": 1})
     held_out: float = field(default=0.05, metadata={"help": "share of demonstrations kept for measuring", "min": 0, "max": 0.9})
     eval_every: int = field(default=1000, metadata={"help": "steps between measurements and checkpoints", "min": 1})

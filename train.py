@@ -141,7 +141,7 @@ def make_from_scratch(args, root):
     for command in (
         ["demos.py", "--suite", args.suite, *tasks, "--out", str(root / "data"), "--seed", str(args.seed)],
         ["sft.py", "--suite", args.suite, "--data", str(root / "data"), "--out", str(root / "policy"), "--seed", str(args.seed)],
-        ["reward_model.py", "train", "--suite", args.suite, "--data", str(root / "data" / args.suite), "--policy", str(root / "policy"),
+        ["reward_model.py", "train", "--suite", args.suite, "--demos", str(root / "data" / args.suite), "--policy", str(root / "policy"),
          "--out", str(root / "rprm"), "--seed", str(args.seed)],
     ):
         print("\n$ python " + " ".join(command), flush=True)

@@ -177,7 +177,7 @@ def test_a_killed_worker_costs_no_episode(model, envs, short, capfd):
     def kill_once(episode):
         ended.append(episode)
         if len(ended) == 1:
-            envs._workers[0].process.kill()
+            os.kill(envs.worker_pids[0], signal.SIGKILL)
 
     result = evaluate(model, SUITE, [0, 1], 3, envs=envs, on_episode=kill_once, progress=False)
     assert _played(result) == [(t, i) for t in (0, 1) for i in range(3)]

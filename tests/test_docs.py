@@ -1,0 +1,313 @@
+"""README is checked against the code: links, flags, defaults, targets, pins. No simulator, no model.
+
+    python tests/test_docs.py       # renew the line numbers of README's links after an edit of the code
+
+Only the code is imported or parsed, never a measured number: those are filled in by hand from JSON files.
+"""
+
+import ast
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+SCRIPTS = ("demos.py", "sft.py", "reward_model.py", "train.py", "eval.py")
+SUBCOMMANDS = {"reward_model.py": ("label", "train", "score", "evaluate")}
+# Links such as [`ppo.py:compute_gae`](ppo.py#L240), with an optional: at `words of the line meant`.
+LINK = re.compile(r"\[`(\w+\.py):([\w.]+)`\]\((\w+\.py)#L(\d+)\)(?: at `([^`]+)`)?")
+
+
+def readme():
+    return README.read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Links into the code
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def definitions(file):
+    """{qualified name: (first line, last line)} of the functions, classes and methods of a file."""
+    found = {}
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                found[prefix + child.name] = (child.lineno, child.end_lineno)
+                visit(child, f"{prefix}{child.name}.")
+
+    visit(ast.parse((ROOT / file).read_text(encoding="utf-8")), "")
+    return found
+
+
+def target_line(file, name, words):
+    """Line that a link means: of the definition, or of the first line in it that contains `words`."""
+    assert (ROOT / file).is_file(), f"README names {file}, which does not exist"
+    assert name in definitions(file), f"README names {file}:{name}, which does not exist"
+    first, last = definitions(file)[name]
+    if words is None:
+        return first
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    hits = [n for n in range(first, last + 1) if words in lines[n - 1]]
+    assert hits, f"README points to `{words}` in {file}:{name}, where no line says so"
+    return hits[0]
+
+
+def renew_links(text):
+    def renewed(match):
+        file, name, _, _, words = match.groups()
+        tail = "" if words is None else f" at `{words}`"
+        return f"[`{file}:{name}`]({file}#L{target_line(file, name, words)}){tail}"
+
+    return LINK.sub(renewed, text)
+
+
+def test_links_name_what_exists_and_land_in_it():
+    links = LINK.findall(readme())
+    assert len(links) >= 20
+    for file, name, linked, line, words in links:
+        meant = target_line(file, name, words or None)
+        first, last = definitions(file)[name]
+        # Some drift is harmless: the link must land inside the definition, and near the line that it quotes.
+        near = abs(int(line) - meant) <= 15 if words else first <= int(line) <= last
+        assert linked == file and near, (
+            f"README's link to {file}:{name} says line {line}, it is {meant}; run: python tests/test_docs.py")
+
+
+def test_renewing_the_links_is_stable_and_touches_nothing_else():
+    renewed = renew_links(readme())
+    assert renew_links(renewed) == renewed
+    assert re.sub(r"#L\d+", "", renewed) == re.sub(r"#L\d+", "", readme())
+
+
+def test_every_equation_and_section_of_the_paper_is_in_the_map():
+    section = readme().split("## From the paper to the code")[1].split("\n## ")[0]
+    for what in ("Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "Algorithm 1", "3.3", "3.4", "3.5", "GAE"):
+        assert any(what in row and LINK.search(row) for row in section.splitlines()), f"{what} has no line in the map"
+
+
+def test_file_table_is_complete():
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", readme(), re.MULTILINE))
+    assert listed == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_files_named_in_the_text_exist():
+    # bench.py is listed under "not done yet".
+    made_by_a_run = {"config.json", "metrics.jsonl", "success.png", "results.json", "bench.py"}
+    for name in re.findall(r"`([\w./-]+\.(?:py|txt|json|jsonl|png))`", readme()):
+        assert name in made_by_a_run or (ROOT / name).exists(), f"README names {name}, which does not exist"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command lines
+# --------------------------------------------------------------------------------------------------------------------
+
+# One process for all scripts: torch, which two of them import at the top, is then loaded once.
+DRIVER = """
+import contextlib, io, json, runpy, sys
+answers = {}
+for script, *command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [script, *command, "--help"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+            code = None
+        except SystemExit as exc:
+            code = exc.code
+    heavy = [m for m in ("mujoco", "robosuite", "libero", "transformers", "peft") if m in sys.modules]
+    answers[" ".join([script, *command])] = [code, out.getvalue(), err.getvalue(), heavy]
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """{"train.py": help text, "reward_model.py label": help text, …}; asserts that each `--help` works."""
+    asked = [[script] for script in SCRIPTS]
+    asked += [[script, command] for script, commands in SUBCOMMANDS.items() for command in commands]
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(asked)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    for command, (code, out, err, heavy) in answers.items():
+        assert code == 0 and out and not err, f"{command} --help: exit {code}, {err}"
+        assert not heavy, f"{command} --help imports {heavy}: a newcomer waits for nothing"
+    return {command: out for command, (_, out, _, _) in answers.items()}
+
+
+def flags_of(text):
+    """{flag: its explanation} from argparse's help; `--no-x` twins share their entry."""
+    found, current = {}, []
+    for line in text.splitlines():
+        if match := re.match(r"  (-\S.*?)(?:  +(.*))?$", line):
+            current = re.findall(r"--[a-z][\w-]*", match[1])
+            found.update(dict.fromkeys(current, match[2] or ""))
+        elif line.startswith("      ") and current:
+            found.update({flag: f"{found[flag]} {line.strip()}".strip() for flag in current})
+        else:
+            current = []
+    return found
+
+
+def test_help_explains_every_flag(helps):
+    for command, text in helps.items():
+        assert "usage:" in text
+        if command in SUBCOMMANDS:  # the list of commands
+            assert all(name in text for name in SUBCOMMANDS[command])
+            continue
+        flags = flags_of(text)
+        assert len(flags) > 5, command
+        for flag, explanation in flags.items():
+            words = re.sub(r"\((default|required)[^()]*\)\s*$", "", explanation).strip()
+            assert len(words) >= 4, f"{command} {flag} has no explanation"
+        assert "%%" not in text, f"{command} --help shows a doubled percent sign"
+
+
+def command_lines():
+    """Lines of README's bash blocks, as lists of words, without comments; `a && b` gives two."""
+    for block in re.findall(r"```bash\n(.*?)```", readme(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                if words := shlex.split(part, comments=True):
+                    yield words
+
+
+def inline_commands():
+    """Commands inside backticks: `make …`, `python x.py …`, `x.py …`."""
+    for text in re.findall(r"`((?:make|python|\w+\.py) [^`]+)`", readme()):
+        if "…" not in text:
+            yield shlex.split(text)
+
+
+def script_and_flags(words):
+    """("reward_model.py label", ["--plot", …]) of a command line, or None where it runs no script of ours."""
+    if words[0] == "make":
+        arguments = next((word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")), "")
+        words = [f"{words[1]}.py", *shlex.split(arguments)]
+    elif words[0].endswith("python"):
+        words = words[1:]
+    if words[0] not in SCRIPTS:
+        return None
+    command = words[0]
+    if command in SUBCOMMANDS and len(words) > 1:
+        assert words[1] in SUBCOMMANDS[command], f"README: {command} has no command {words[1]}"
+        command = f"{command} {words[1]}"
+    return command, [word.split("=")[0] for word in words if word.startswith("--")]
+
+
+def test_flags_in_command_lines_are_accepted(helps):
+    seen = set()
+    for words in [*command_lines(), *inline_commands()]:
+        if found := script_and_flags(words):
+            command, flags = found
+            seen.add(command)
+            for flag in flags:
+                assert flag in flags_of(helps[command]), f"README: {command} does not know {flag}"
+    wanted = {f"{s} {c}" for s in SCRIPTS for c in SUBCOMMANDS.get(s, ())} | set(SCRIPTS).difference(SUBCOMMANDS)
+    assert wanted <= seen, f"README shows no command line for {sorted(wanted - seen)}"
+
+
+def test_flags_in_the_text_exist_somewhere(helps):
+    known = {flag for text in helps.values() for flag in flags_of(text)}
+    for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", readme(), flags=re.DOTALL)):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert flag in known, f"README names {flag}, which no script has"
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {words[1] for words in [*command_lines(), *inline_commands()] if words[0] == "make"}
+    assert {"train", "test"} <= named
+    assert named <= targets, f"README names make targets that do not exist: {sorted(named - targets)}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers that are settings
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def as_value(text):
+    text = str(text).strip().replace(",", "")
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def table_rows(first_column):
+    for line in readme().splitlines():
+        if line.startswith("|") and re.search(first_column, line.split("|")[1]):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_hyper_parameter_table_shows_the_defaults():
+    import dataclasses
+
+    import train
+
+    args = {field.name: field.default for field in dataclasses.fields(train.Args)}
+    shown = set()
+    for flags, _, _, big, tiny in (row for row in table_rows(r"^ `--[a-z-]+`") if len(row) == 5):
+        for flag in re.findall(r"`--([a-z-]+)`", flags):
+            name = flag.replace("-", "_")
+            shown.add(name)
+            for cell, size in ((big, "7B"), (tiny, "tiny")):
+                default = train.DEFAULTS[size].get(name, args[name])
+                assert as_value(cell) == as_value(default), f"README: --{flag} for {size} is {default}, not {cell}"
+    sized = set().union(*map(set, train.DEFAULTS.values()))
+    assert sized - {"micro_batch_size"} <= shown, "README's table lacks a setting that differs by model size"
+
+
+def test_sizes_of_openvla_tiny():
+    import torch
+
+    import policy
+
+    config = policy.tiny_config(words=[f"word{i}" for i in range(100)])  # about as many as LIBERO's instructions have
+    first, second = config["vision_configs"]
+    text = config["text_config"]
+    (_, parameters, *_), = table_rows(r"parameters \(computed\)")
+    (_, image, *_), = table_rows("image, patch, patches")
+    (_, towers, *_), = table_rows("towers, width x blocks")
+    (_, llama, *_), = table_rows("Llama, width x layers")
+    (_, repeat, *_), = table_rows("`action_repeat`")
+    with torch.device("meta"):
+        count = sum(p.numel() for p in policy.OpenVLA(config).parameters()) / 1e6
+    assert abs(float(parameters.removesuffix(" M")) - count) < 0.1, f"{parameters} parameters in README, {count:.2f} M"
+    side, patch = first["image_size"], first["patch_size"]
+    assert image == f"{side} px, {patch}, {(side // patch) ** 2}"
+    assert towers == " and ".join(f"{t['hidden_size']} x {t['num_hidden_layers']}" for t in (first, second))
+    assert llama == f"{text['hidden_size']} x {text['num_hidden_layers']}"
+    assert repeat == str(config["action_repeat"])
+    (rounded,) = re.findall(r"`openvla-tiny` \(([\d.]+) M parameters", readme())
+    assert rounded == parameters.removesuffix(" M")
+
+
+def test_requirements_pin_mujoco():
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert re.search(r"^mujoco==3\.3\.2\b", requirements, re.MULTILINE)
+    assert "3.3.2" in readme()
+    for line in requirements.splitlines():
+        requirement = line.split("#")[0].strip()
+        assert not requirement or "==" in requirement, f"requirements.txt does not pin {requirement}"
+
+
+def test_debian_packages_are_those_of_the_code():
+    import common
+
+    assert common.DEBIAN_PACKAGES in readme()
+
+
+if __name__ == "__main__":
+    README.write_text(renew_links(readme()), encoding="utf-8")

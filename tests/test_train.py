@@ -1,0 +1,203 @@
+"""train.py: a run that was killed and resumed is the run that was not; signals save; bad input is one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from policy import build_tiny
+from ppo import RolloutBuffer
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=16)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A random policy and a reward model on the same vision weights."""
+    root = tmp_path_factory.mktemp("models")
+    model = build_tiny(0, **SMALL)
+    model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 3 + [0.0] * 4, "q99": [1.0] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}
+    model.save_pretrained(root / "policy")
+    model.side_files["rprm.json"] = b"{}"
+    model.save_pretrained(root / "rprm")
+    (root / "rprm" / "rprm.json").write_text("{}")
+    return root
+
+
+def _command(models, out, *extra):
+    return [sys.executable, "train.py", "--task-ids", "0", "--model", str(models / "policy"), "--reward-model", str(models / "rprm"),
+            "--num-envs", "2", "--num-workers", "1", "--num-steps", "3", "--total-steps", "24", "--max-episode-steps", "20", "--critic-warmup", "1",
+            "--eval-every", "0", "--final-episodes", "0", "--video-every", "2", "--minibatch-size", "4", "--out", str(out), *extra]
+
+
+def _start(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _finish(command, code=0):
+    run = _start(command)
+    stdout, stderr = run.communicate(timeout=600)
+    assert run.returncode == code, stderr
+    return stdout, stderr
+
+
+def _wait_for_iteration(out, n, run):
+    deadline = time.time() + 300
+    while time.time() < deadline and run.poll() is None:
+        if (out / "checkpoints" / f"{n:06d}").is_dir():
+            return
+        time.sleep(0.05)
+    raise AssertionError(run.communicate())
+
+
+def _metrics(out):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if not k.startswith("time/") and k != "charts/SPS"} for x in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    stdout, stderr = _finish(_command(models, out))
+    return out, stdout, stderr
+
+
+@pytest.mark.libero
+def test_a_run_leaves_what_it_promises(models, uninterrupted):
+    out, stdout, stderr = uninterrupted
+    metrics = _metrics(out)
+    assert [m["iteration"] for m in metrics] == [1, 2, 3, 4]
+    assert "losses/policy_loss" not in metrics[0] and "losses/policy_loss" in metrics[1]  # critic warm-up
+    assert all(m["losses/first_ratio_error"] < 1e-5 for m in metrics[1:])
+    assert all(0 < m["charts/prm_score"] < 1 for m in metrics)
+    assert (out / "success.png").read_bytes()[:4] == b"\x89PNG" and list((out / "videos").glob("*.mp4"))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000003", "000004"]  # --keep 2
+    assert list((out / "tensorboard").glob("events*"))
+    assert "Traceback" not in stderr and "robosuite" not in stderr + stdout and "EGL" not in stderr
+    assert sum(line.startswith("it ") for line in stdout.splitlines()) == 4
+    start, end = (load_file(p / "model.safetensors") for p in (models / "policy", out / "policy"))
+    moved = [k for k in end if not torch.equal(start[k], end[k])]
+    assert moved and all(k.startswith("language_model.model.layers") for k in moved)  # LoRA on the language side only
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path):
+    out = tmp_path / "b"
+    run = _start(_command(models, out))
+    _wait_for_iteration(out, 2, run)
+    run.kill()  # in the middle of iteration 3
+    run.communicate()
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"iteration": 3, "half a li')  # as a crash may leave it
+    state = sorted((out / "checkpoints").iterdir())[-1] / "state.pt"
+    if int(state.parent.name) > 2:
+        pytest.skip("the run was faster than the kill")
+    stdout, _ = _finish([sys.executable, "train.py", "--resume", str(out)])
+    assert "resumed at iteration 3" in stdout
+    assert _metrics(out) == _metrics(uninterrupted[0])
+    ours, theirs = load_file(out / "policy" / "model.safetensors"), load_file(uninterrupted[0] / "policy" / "model.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
+    out = tmp_path / "c"
+    run = _start(_command(models, out, "--total-steps", "6000"))
+    _wait_for_iteration(out, 1, run)
+    children = psutil.Process(run.pid).children(recursive=True)
+    began = time.time()
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130 and time.time() - began < 20
+    assert f"--resume {out}" in stderr and "Traceback" not in stderr
+    assert not psutil.wait_procs(children, timeout=10)[1]  # no orphan
+    # The newest checkpoint is damaged: the run goes on from the one before, and says so.
+    saved = sorted((out / "checkpoints").iterdir())
+    if len(saved) > 1:
+        broken = saved[-1] / "state.pt"
+        broken.write_bytes(broken.read_bytes()[:1000])
+        run = _start([sys.executable, "train.py", "--resume", str(out)])
+        _wait_for_iteration(out, int(saved[-1].name) + 1, run)
+        run.send_signal(signal.SIGTERM)
+        stdout, stderr = run.communicate(timeout=60)
+        assert f"{saved[-1]} is damaged" in stderr and f"resumed at iteration {int(saved[-1].name)}" in stdout
+
+
+@pytest.mark.parametrize("flags, what", [
+    (["--suite", "libero_nothing"], "unknown suite"), (["--task-ids", "99"], "task id 99"), (["--num-envs", "0"], "--num-envs"),
+    (["--model", "/nonexistent/model"], "/nonexistent/model"), (["--resume", "/nonexistent/run"], "/nonexistent/run"),
+    (["--curriculum", "hard"], "curriculum"), (["--prm-mode", "sum", "--reward-model", "/nonexistent/rprm"], "/nonexistent/rprm"),
+    (["--out", "/proc/run"], "/proc/run"),
+])
+def test_bad_input_is_one_line(models, tmp_path, flags, what):
+    base = ["--model", str(models / "policy"), "--reward-model", str(models / "rprm"), "--out", str(tmp_path / "r")]
+    run = subprocess.run([sys.executable, "train.py", *base, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr, run.stderr
+    assert len(run.stderr.strip().splitlines()) <= 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    """An error while writing removes the half-written directory and keeps the old one."""
+    class Nothing:
+        def save_adapters(self, directory):
+            directory.mkdir()
+
+    train.save_checkpoint(tmp_path, 1, Nothing(), {"iteration": 1}, keep=2, best=0)
+
+    class Full(Nothing):
+        def save_adapters(self, directory):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(train.UserError, match="previous one is intact"):
+        train.save_checkpoint(tmp_path, 2, Full(), {"iteration": 2}, keep=2, best=0)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
+    for i in range(2, 7):
+        train.save_checkpoint(tmp_path, i, Nothing(), {"iteration": i}, keep=2, best=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000003", "000005", "000006"]  # best and last two
+
+
+def test_state_survives_weights_only(tmp_path):
+    tree = {"a": {"b": np.arange(3, dtype=np.int64), "c": np.float64(2.5)}, "d": np.zeros((2, 2), bool), "e": "text", "f": 1}
+    torch.save(train.to_tensors(tree), tmp_path / "x.pt")
+    back = train.to_numpy(torch.load(tmp_path / "x.pt", weights_only=True))
+    np.testing.assert_array_equal(back["a"]["b"], tree["a"]["b"])
+    assert back["a"]["c"] == 2.5 and back["d"].dtype == bool and (back["e"], back["f"]) == ("text", 1)
+
+
+def test_scores_of_a_rollout_follow_the_mode():
+    """`sum` scores o_t and its action; `potential` pairs each state with the one that followed, cut episodes included."""
+    class Judge:
+        class model:
+            device = torch.device("cpu")
+
+        def score(self, ids, mask, tokens, *, patch_embeddings):
+            extra = 0.0 if tokens is None else tokens[:, 0].float()
+            return patch_embeddings[:, 0, 0] + extra
+
+    buffer = RolloutBuffer(3, 2, (1, 1), "patch_embeddings")
+    for t in range(3):
+        images = torch.tensor([[[t * 10.0]], [[t * 10.0 + 1]]])
+        buffer.store_decision(t, images, torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long),
+                              torch.full((2, 7), 100), torch.zeros(2, 7), torch.zeros(2))
+    last = (torch.tensor([[[70.0]], [[71.0]]]), torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
+    scores, _ = train.score_rollout(Judge(), buffer, "sum", last, {}, True)
+    assert scores.tolist() == [[100, 101], [110, 111], [120, 121]]
+    scores, following = train.score_rollout(Judge(), buffer, "potential", last, {(1, 0): torch.tensor([[55.0]])}, True)
+    assert scores.tolist() == [[0, 1], [10, 11], [20, 21]]
+    assert following.tolist() == [[10, 11], [55, 21], [70, 71]]  # (1, 0) was cut: its own last observation
