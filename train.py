@@ -81,12 +81,13 @@ class Args:
     critic: str = _flag("adapter", "critic: an own adapter on the same backbone, the policy's adapter, or a second backbone", choices=("adapter", "shared", "separate"))
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass: less memory, a third slower")
     # Curriculum and reward
-    curriculum: str = _flag("eq4", "task sampling: Eq. 4 as printed, most often near 50 %% success, or uniform", choices=("eq4", "frontier", "uniform"))
+    curriculum: str = _flag("eq4", "task sampling: Eq. 4 as printed, most often near 50 % success, or uniform", choices=("eq4", "frontier", "uniform"))
     curriculum_tau: float = _flag(0.5, "temperature of the curriculum", min=1e-6)
     prm_weight: float = _flag(0.02, "weight of the RPRM score in the reward", min=0)
     prm_mode: str = _flag("sum", "sum: weight x score per decision (the paper); potential: difference of scores; none", choices=("sum", "potential", "none"))
     # Measuring
     eval_every: int = _flag(50, "iterations between evaluations; 0 = only before and after", min=0)
+    eval_temperature: Optional[float] = _flag(None, "sampling temperature of evaluations; 0 = greedy, LIBERO's custom", default="tiny 1.0, 7B 0", min=0)
     eval_episodes: int = _flag(100, "episodes per evaluation during training, spread over the tasks", min=1)
     final_episodes: int = _flag(500, "episodes of the final comparison of start and trained policy", min=0)
     video_every: int = _flag(50, "iterations between rollout videos; 0 = none", min=0)
@@ -96,9 +97,9 @@ class Args:
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
     "tiny": dict(total_steps=130_000, num_envs=16, num_steps=32, max_episode_steps=160, lr=3e-4, critic_lr=1e-3, temperature=1.0,
-                 epochs=3, minibatch_size=128, micro_batch_size=128, lora_targets="language"),
+                 epochs=3, minibatch_size=128, micro_batch_size=128, lora_targets="language", eval_temperature=1.0),
     "7B": dict(total_steps=1_280_000, num_envs=10, num_steps=128, max_episode_steps=150, lr=2e-5, critic_lr=5e-5, temperature=1.5,
-               epochs=1, minibatch_size=128, micro_batch_size=8, lora_targets="all"),
+               epochs=1, minibatch_size=128, micro_batch_size=8, lora_targets="all", eval_temperature=0.0),
 }
 TINY = Path(__file__).resolve().parent / "checkpoints"  # checkpoints/<suite>/{policy,rprm}
 GPU_MEMORY_7B = 40e9  # bytes; less cannot hold the weights (15 GB), adapters, their optimiser and a micro-batch's activations
@@ -244,7 +245,7 @@ def plot_curve(lines, path, title):
         low, high = np.array([wilson_interval(a, b) for a, b in zip(k.tolist(), n.tolist(), strict=True)]).T
         rate = k / n
         ax.errorbar(at, 100 * rate, yerr=100 * np.stack([rate - low, high - rate]).clip(0), fmt="o-", ms=4, capsize=3, color="C0",
-                    label="evaluation on test states, greedy (95 % interval)")
+                    label="evaluation on test states (95 % interval)")
     ax.set(xlabel="decisions", ylabel="success rate (%)", ylim=(0, 100), title=title)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
@@ -474,9 +475,10 @@ def main():
                         init_states=args.init_states, curriculum=curriculum)
     stop = Stop()
 
-    def measure(model, episodes, label):
+    def measure(model, episodes):
         per_task = max(1, min(50, episodes // len(args.task_ids)))
-        return evaluate(model, args.suite, args.task_ids, per_task, envs=envs, progress=sys.stderr.isatty())
+        return evaluate(model, args.suite, args.task_ids, per_task, envs=envs, temperature=args.eval_temperature,
+                        whole_vocabulary=args.whole_vocabulary, seed=args.seed, progress=sys.stderr.isatty())
 
     # ---- state of the run --------------------------------------------------------------------------------------------
     image_kind = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
@@ -523,8 +525,8 @@ def main():
 
     if not resumed:
         if args.eval_every:
-            result = measure(start_policy, args.eval_episodes, "before")
-            print(f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes (greedy)", flush=True)
+            result = measure(start_policy, args.eval_episodes)
+            print(f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes", flush=True)
             before = {"eval/at": 0, "eval/successes": sum(e["success"] for e in result.episodes), "eval/episodes": len(result.episodes),
                       "eval/success_rate": result.success_rate}
             atomic_write(out / "eval_start.json", json.dumps(before))
@@ -557,9 +559,10 @@ def main():
                 for key in ("physics", "render", "wait"):
                     times[key] += info["timing"][key]
 
-                # A cut episode did not end: its value goes on from the observation that really was its last.
+                # A cut episode did not end: its value goes on from the observation that really was its last. (For an
+                # episode lost with its worker that is the last one known, the one this decision was made on.)
                 final_values = torch.zeros(args.num_envs)
-                rows = np.flatnonzero(truncated & ~info["worker_restarted"])
+                rows = np.flatnonzero(truncated)
                 if len(rows):
                     final = {"instruction": previous}
                     images, input_ids, mask = observe(final, rows, info["final_obs"]["agentview"][rows])
@@ -609,7 +612,7 @@ def main():
             if iteration == 1 and (out / "eval_start.json").exists():
                 m.update(json.loads((out / "eval_start.json").read_text()))
             elif args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
-                result = measure(actor_critic.merge_policy(), args.eval_episodes, "during")
+                result = measure(actor_critic.merge_policy(), args.eval_episodes)
                 k, n = sum(e["success"] for e in result.episodes), len(result.episodes)
                 m.update({"eval/success_rate": k / n, "eval/successes": k, "eval/episodes": n})
                 if k / n > best_rate:
@@ -629,7 +632,7 @@ def main():
         if args.final_episodes:
             rows = {}
             for name, model in (("start", start_policy), ("trained", trained)):
-                result = measure(model, args.final_episodes, name)
+                result = measure(model, args.final_episodes)
                 rows[name] = result.to_dict()
                 if stop.requested:
                     raise KeyboardInterrupt
