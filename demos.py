@@ -40,7 +40,9 @@ MAX_DECISIONS = 70  # per recorded episode: 280 control steps, libero_object's l
 @dataclass
 class Args:
     suite: str = field(default="libero_object", metadata={"help": "libero_object or libero_spatial"})
-    task_ids: Optional[list[int]] = field(default=None, metadata={"help": "comma-separated task ids; default: all tasks"})
+    task_ids: Optional[list[int]] = field(
+        default=None, metadata={"help": "comma-separated task ids; default: all tasks"}
+    )
     num_demos: int = field(default=50, metadata={"help": "successful demonstrations to record per task"})
     out: str = field(default="data", metadata={"help": "directory; files go to <out>/<suite>/<task>_demo.hdf5"})
     action_repeat: int = field(
@@ -52,9 +54,7 @@ class Args:
     kick: float = field(
         default=0.08, metadata={"help": "probability per decision of a large random push, a recovery to learn from"}
     )
-    resolution: int = field(
-        default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"}
-    )
+    resolution: int = field(default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"})
     render: str = field(default="light", metadata={"help": "light or exact meshes", "choices": ["light", "exact"]})
     num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core"})
     seed: int = field(default=0, metadata={"help": "seed of placements and disturbances"})
@@ -141,7 +141,9 @@ class PickAndPlaceExpert:
             command[6] = 1.0  # over the goal: let go
         elif gripping:
             # Carry on a slant: rise and travel together, but stay a wall's width short of the goal until high enough.
-            lifted = np.clip((eef[2] - (self.rest + self.offset)[2]) / (self.carry_height - (self.rest + self.offset)[2]), 0, 1)
+            lifted = np.clip(
+                (eef[2] - (self.rest + self.offset)[2]) / (self.carry_height - (self.rest + self.offset)[2]), 0, 1
+            )
             stop = 0.16 if lifted < 0.75 else 0.0
             step = np.clip(distance - stop, 0.0, METRES_PER_DECISION / 0.8)
             command[:2] = 0.8 * to_goal / (distance + 1e-9) * step / METRES_PER_DECISION
@@ -183,8 +185,21 @@ def record_episode(episode, suite, rng, args):
     episode.reset(None, rng)
     expert = PickAndPlaceExpert(episode, suite)
     stride = episode.sim.resolution // args.resolution
-    rows = {k: [] for k in ("actions", "executed_actions", "states", "robot_states", "agentview_rgb", "ee_pos", "ee_ori",
-                            "ee_states", "gripper_states", "joint_states")}
+    rows = {
+        k: []
+        for k in (
+            "actions",
+            "executed_actions",
+            "states",
+            "robot_states",
+            "agentview_rgb",
+            "ee_pos",
+            "ee_ori",
+            "ee_states",
+            "gripper_states",
+            "joint_states",
+        )
+    }
     success = False
     for _ in range(MAX_DECISIONS * 4 // args.action_repeat):
         command = expert.action(episode)
@@ -248,7 +263,9 @@ def _work(job):
         task = _task_sim(args.suite, task_id, "none")
         episode = task.episode()
         limit = sim.max_steps(args.suite)
-        return task_id, [check_expert(episode, args.suite, i, args.action_repeat, limit) for i in range(share, 50, shares)]
+        return task_id, [
+            check_expert(episode, args.suite, i, args.action_repeat, limit) for i in range(share, 50, shares)
+        ]
     task = _task_sim(args.suite, task_id, args.render)
     episode = task.episode()
     rng = np.random.default_rng([args.seed, task_id, share])
@@ -260,7 +277,9 @@ def _work(job):
         if success:
             demos.append(arrays)
         elif attempts >= 20 and len(demos) < 0.1 * attempts:
-            raise UserError(f"the expert fails on {args.suite} task {task_id}: {len(demos)} of {attempts} attempts succeeded")
+            raise UserError(
+                f"the expert fails on {args.suite} task {task_id}: {len(demos)} of {attempts} attempts succeeded"
+            )
     part = demo_path(args.out, args.suite, task.instruction).with_suffix(f".part{share}")
     write_demos(part, demos, args.action_repeat, task.instruction, suite=args.suite, task_id=task_id)
     return task_id, (str(part), attempts, task.instruction)
@@ -298,7 +317,9 @@ def write_demos(path, demos, action_repeat, instruction, **attributes):
                 for key, value in demo.items():
                     where = obs if key in _OBS else g
                     if key == "agentview_rgb":  # one chunk a frame; gzip 1 halves it for 4 ms
-                        where.create_dataset(key, data=value, chunks=(1, *value.shape[1:]), compression="gzip", compression_opts=1)
+                        where.create_dataset(
+                            key, data=value, chunks=(1, *value.shape[1:]), compression="gzip", compression_opts=1
+                        )
                     else:
                         where.create_dataset(key, data=value)
                 done = np.zeros(len(demo["actions"]), np.uint8)
@@ -338,7 +359,9 @@ def demo_files(path):
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*_demo.hdf5")) if path.is_dir() else []
     if not files:
-        raise UserError(f"no demonstrations at {path}: run `python demos.py --suite libero_object --out data` to record some")
+        raise UserError(
+            f"no demonstrations at {path}: run `python demos.py --suite libero_object --out data` to record some"
+        )
     return files
 
 
@@ -363,8 +386,12 @@ def read_demos(path, images=True):
                 g = data[name]
                 obs = g["obs"]
                 demo = dict(
-                    actions=np.asarray(g["actions"], np.float64), instruction=instruction, action_repeat=action_repeat,
-                    name=name, file=str(path), gripper_states=np.asarray(obs["gripper_states"]),
+                    actions=np.asarray(g["actions"], np.float64),
+                    instruction=instruction,
+                    action_repeat=action_repeat,
+                    name=name,
+                    file=str(path),
+                    gripper_states=np.asarray(obs["gripper_states"]),
                     ee_pos=np.asarray(obs["ee_pos"] if "ee_pos" in obs else obs["ee_states"][:, :3]),
                 )
                 if "states" in g:
@@ -375,7 +402,9 @@ def read_demos(path, images=True):
                     raise UserError(f"{path} {name}: actions have shape {demo['actions'].shape}, expected (T, 7)")
                 yield demo
     except (OSError, KeyError, ValueError, RuntimeError) as exc:
-        raise UserError(f"cannot read demonstrations from {path}: {exc} (truncated, or not LIBERO's HDF5 layout?)") from exc
+        raise UserError(
+            f"cannot read demonstrations from {path}: {exc} (truncated, or not LIBERO's HDF5 layout?)"
+        ) from exc
 
 
 def _instruction(data, path):
@@ -424,8 +453,10 @@ def main():
                 wins, n = sum(s for s, _ in flat), len(flat)
                 low, high = wilson_interval(wins, n)
                 steps = np.mean([t for s, t in flat if s]) if wins else float("nan")
-                tqdm.write(f"task {task_id}: {wins}/{n} = {100 * wins / n:.0f} % [{100 * low:.0f}, {100 * high:.0f}], "
-                           f"{steps:.0f} control steps  {sim.instructions(args.suite)[task_id]}")
+                tqdm.write(
+                    f"task {task_id}: {wins}/{n} = {100 * wins / n:.0f} % [{100 * low:.0f}, {100 * high:.0f}], "
+                    f"{steps:.0f} control steps  {sim.instructions(args.suite)[task_id]}"
+                )
             else:
                 parts = sorted(r[0] for r in results[task_id])
                 attempts = sum(r[1] for r in results[task_id])

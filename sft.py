@@ -46,11 +46,16 @@ class Args:
     warmup: int = field(default=200, metadata={"help": "steps of linear learning-rate warm-up", "min": 1})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of the matrices", "min": 0})
     label_sigma: float = field(
-        default=8.0, metadata={"help": "width, in bins, of the soft targets of continuous dimensions; 0 = one-hot", "min": 0}
+        default=8.0,
+        metadata={"help": "width, in bins, of the soft targets of continuous dimensions; 0 = one-hot", "min": 0},
     )
     jitter: float = field(default=0.2, metadata={"help": "colour jitter; 1 = OpenVLA's training recipe", "min": 0})
-    ema: float = field(default=0.998, metadata={"help": "decay per step of the averaged weights that are saved", "max": 1})
-    held_out: float = field(default=0.05, metadata={"help": "share of demonstrations kept for measuring", "min": 0, "max": 0.9})
+    ema: float = field(
+        default=0.998, metadata={"help": "decay per step of the averaged weights that are saved", "max": 1}
+    )
+    held_out: float = field(
+        default=0.05, metadata={"help": "share of demonstrations kept for measuring", "min": 0, "max": 0.9}
+    )
     eval_every: int = field(default=1000, metadata={"help": "steps between measurements and checkpoints", "min": 1})
     threads: int = field(default=0, metadata={"help": "torch threads; 0 = torch's choice", "min": 0})
     seed: int = field(default=0, metadata={"help": "seed of initial weights, split, order and augmentation"})
@@ -84,11 +89,16 @@ def dataset_statistics(actions, num_trajectories):
     """OpenVLA's `norm_stats` entry: per-dimension statistics; the gripper (last) is not normalised."""
     return {
         "action": {
-            "mean": actions.mean(0).tolist(), "std": actions.std(0).tolist(), "min": actions.min(0).tolist(),
-            "max": actions.max(0).tolist(), "q01": np.quantile(actions, 0.01, axis=0).tolist(),
-            "q99": np.quantile(actions, 0.99, axis=0).tolist(), "mask": [True] * 6 + [False],
+            "mean": actions.mean(0).tolist(),
+            "std": actions.std(0).tolist(),
+            "min": actions.min(0).tolist(),
+            "max": actions.max(0).tolist(),
+            "q01": np.quantile(actions, 0.01, axis=0).tolist(),
+            "q99": np.quantile(actions, 0.99, axis=0).tolist(),
+            "mask": [True] * 6 + [False],
         },
-        "num_transitions": len(actions), "num_trajectories": num_trajectories,
+        "num_transitions": len(actions),
+        "num_trajectories": num_trajectories,
     }
 
 
@@ -168,8 +178,14 @@ def measure(model, data, index, input_ids, mask, tokens, sigma, soft_dims, batch
         logits = model.action_logits(input_ids[where], mask[where], target, pixel_values=pixels)
         loss = action_loss(logits, bins, sigma, soft_dims)
         off = (logits.argmax(-1) - bins).abs()
-        sums += torch.stack([loss.mean(1).sum(), (off == 0).float().mean(1).sum(), (off <= 5).float().mean(1).sum(),
-                             (off[:, 6] == 0).float().sum()]).cpu()
+        sums += torch.stack(
+            [
+                loss.mean(1).sum(),
+                (off == 0).float().mean(1).sum(),
+                (off <= 5).float().mean(1).sum(),
+                (off[:, 6] == 0).float().sum(),
+            ]
+        ).cpu()
         n += len(rows)
     names = ("loss", "accuracy", "accuracy_within_5_bins", "gripper_accuracy")
     return {k: float(v) / max(n, 1) for k, v in zip(names, sums)}
@@ -193,12 +209,15 @@ def train(args, model, data, out):
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98),
+        lr=args.lr,
+        betas=(0.9, 0.98),
     )
     average = {k: v.detach().clone() for k, v in model.named_parameters()}
     log = []
-    print(f"sft: {len(train_index)} frames of {data.num_demos} demonstrations, {len(data.instructions)} instructions, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps of {args.batch_size}")
+    print(
+        f"sft: {len(train_index)} frames of {data.num_demos} demonstrations, {len(data.instructions)} instructions, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps of {args.batch_size}"
+    )
 
     def save(step):
         """Measure and save the averaged weights, then put the training weights back."""
@@ -211,8 +230,15 @@ def train(args, model, data, out):
         with torch.no_grad():
             for k, v in model.named_parameters():
                 v.copy_(current[k])
-        log.append({"step": step, "samples": step * args.batch_size, "seconds": round(time.time() - start, 1),
-                    "train_loss": running, **{f"held_out_{k}": round(v, 4) for k, v in metrics.items()}})
+        log.append(
+            {
+                "step": step,
+                "samples": step * args.batch_size,
+                "seconds": round(time.time() - start, 1),
+                "train_loss": running,
+                **{f"held_out_{k}": round(v, 4) for k, v in metrics.items()},
+            }
+        )
         atomic_write(out / "sft_log.json", json.dumps({"args": vars(args), "log": log}, indent=1))
         tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()))
 
@@ -228,7 +254,9 @@ def train(args, model, data, out):
         logits = model.action_logits(input_ids[where], mask[where], target, pixel_values=pixels.to(model.device))
         loss = action_loss(logits, model.action_tokenizer.token_to_bin(target), args.label_sigma, soft_dims).mean()
         if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; the last checkpoint in {out} is intact")
+            raise UserError(
+                f"the loss is {loss.item()} at step {step}: lower --lr; the last checkpoint in {out} is intact"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

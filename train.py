@@ -18,9 +18,6 @@ A "decision" is one action of the policy: `action_repeat` control steps of the s
 
 import json
 import math
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,11 +27,50 @@ from typing import Optional
 
 import numpy as np
 
-from common import UserError, atomic_write, main_guard, parse_args, seed_everything, sync_directory, wilson_interval
+import runs
+from common import UserError, atomic_write, main_guard, parse_args, seed_everything
+
+# What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
+DEFAULTS = {
+    "tiny": dict(
+        total_steps=130_000,
+        num_envs=16,
+        num_steps=32,
+        max_episode_steps=160,
+        lr=3e-4,
+        critic_lr=1e-3,
+        temperature=1.0,
+        epochs=3,
+        minibatch_size=128,
+        micro_batch_size=128,
+        lora_targets="language",
+        eval_temperature=1.0,
+    ),
+    "7B": dict(
+        total_steps=1_280_000,
+        num_envs=10,
+        num_steps=128,
+        max_episode_steps=150,
+        lr=2e-5,
+        critic_lr=5e-5,
+        temperature=1.5,
+        epochs=1,
+        minibatch_size=128,
+        micro_batch_size=8,
+        lora_targets="all",
+        eval_temperature=0.0,
+    ),
+}
 
 
 def _flag(value, text, /, **metadata):
     return field(default=value, metadata={"help": text, **metadata})
+
+
+def _sized(name, text, /, **metadata):
+    """A flag whose default depends on the model's size."""
+    shown = [f"{size} {d[name]:,}" if isinstance(d[name], int) else f"{size} {d[name]}" for size, d in DEFAULTS.items()]
+    return _flag(None, text, default="; ".join(shown), **metadata)
 
 
 @dataclass
@@ -42,67 +78,92 @@ class Args:
     # What to train
     suite: str = _flag("libero_object", "LIBERO suite")
     task_ids: Optional[list[int]] = _flag(None, "tasks, as in 0,1,2", default="all of the suite", min=0)
-    model: str = _flag("auto", "policy to start from: auto, openvla-tiny, a checkpoint directory or a hub id. auto takes the "
-                       "suite's official OpenVLA-7B where a GPU with enough memory and the weights are there, else openvla-tiny")
+    model: str = _flag(
+        "auto",
+        "policy to start from: auto, openvla-tiny, a checkpoint directory or a hub id. auto takes the suite's official "
+        "OpenVLA-7B where a GPU with enough memory and the weights are there, else openvla-tiny",
+    )
     reward_model: str = _flag("auto", "RPRM checkpoint directory; auto: the one beside openvla-tiny's policy")
     from_scratch: bool = _flag(False, "make openvla-tiny's policy and RPRM first (demos.py, sft.py, reward_model.py)")
     resume: Optional[str] = _flag(None, "run directory to continue; its own settings are used", default="none")
     out: Optional[str] = _flag(None, "run directory", default="runs/SUITE-seedSEED")
     seed: int = _flag(0, "seed of everything", min=0)
     # How much
-    total_steps: Optional[int] = _flag(None, "decisions in total, over all environments", default="tiny 130,000; 7B 1,280,000", min=1)
-    num_envs: Optional[int] = _flag(None, "environments N", default="tiny 16; 7B 10", min=1)
-    num_steps: Optional[int] = _flag(None, "decisions per environment and rollout M", default="tiny 32; 7B 128", min=1)
-    max_episode_steps: Optional[int] = _flag(None, "control steps after which a training episode is cut", default="tiny 160; 7B 150", min=1)
+    total_steps: Optional[int] = _sized("total_steps", "decisions in total, over all environments", min=1)
+    num_envs: Optional[int] = _sized("num_envs", "environments N", min=1)
+    num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1)
+    max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
     num_workers: Optional[int] = _flag(None, "simulator processes", default="one per core", min=1)
-    render: Optional[str] = _flag(None, "light (simplified meshes) or exact", default="light without a GPU, else exact", choices=("light", "exact"))
-    init_states: str = _flag("random", "training episodes from random placements, or from the protocol's own states", choices=("random", "protocol"))
+    render: Optional[str] = _flag(
+        None, "simplified or exact meshes", default="light without a GPU, else exact", choices=("light", "exact")
+    )
+    init_states: str = _flag(
+        "random", "training episodes: random placements, or the test states", choices=("random", "protocol")
+    )
     # PPO
-    lr: Optional[float] = _flag(None, "learning rate of the policy adapter", default="tiny 3e-4; 7B 2e-5", min=0)
-    critic_lr: Optional[float] = _flag(None, "learning rate of the critic", default="tiny 1e-3; 7B 5e-5", min=0)
-    temperature: Optional[float] = _flag(None, "sampling temperature of rollouts; log-probs are taken at it too", default="tiny 1.0; 7B 1.5", min=0.01)
-    whole_vocabulary: bool = _flag(False, "sample among all tokens; the default keeps to the 256 action tokens, because at "
-                                   "temperature 1.5 the tail of a 32,000-word vocabulary is noise")
+    lr: Optional[float] = _sized("lr", "learning rate of the policy adapter", min=0)
+    critic_lr: Optional[float] = _sized("critic_lr", "learning rate of the critic", min=0)
+    temperature: Optional[float] = _sized("temperature", "of sampling in rollouts; log-probs are taken at it", min=0.01)
+    whole_vocabulary: bool = _flag(
+        False,
+        "sample among all tokens; the default keeps to the 256 action tokens, because at temperature 1.5 the tail of a "
+        "32,000-word vocabulary is noise",
+    )
     critic_warmup: int = _flag(5, "first iterations that train the critic only", min=0)
-    epochs: Optional[int] = _flag(None, "passes over each rollout", default="tiny 3; 7B 1", min=1)
-    minibatch_size: Optional[int] = _flag(None, "decisions per optimiser step", default="tiny 128; 7B 128", min=1)
-    micro_batch_size: Optional[int] = _flag(None, "decisions per backward pass (memory only; results do not change)", default="tiny 128; 7B 8", min=1)
+    epochs: Optional[int] = _sized("epochs", "passes over each rollout", min=1)
+    minibatch_size: Optional[int] = _sized("minibatch_size", "decisions per optimiser step", min=1)
+    micro_batch_size: Optional[int] = _sized("micro_batch_size", "decisions per backward pass (memory only)", min=1)
     clip: float = _flag(0.2, "PPO clip of the action-level ratio (Eq. 2)", min=0)
     value_clip: float = _flag(0.2, "clip of the value's change per update; 0 turns it off", min=0)
     gamma: float = _flag(0.99, "discount per decision", min=0, max=1)
     lam: float = _flag(0.95, "GAE's lambda", min=0, max=1)
     entropy_coef: float = _flag(0.0, "entropy bonus", min=0)
     max_grad_norm: float = _flag(1.0, "gradient norm limit", min=0)
-    target_kl: Optional[float] = _flag(None, "stop a policy update when a mini-batch's KL exceeds this", default="off", min=0)
+    target_kl: Optional[float] = _flag(
+        None, "stop a policy update beyond this KL of a mini-batch", default="off", min=0
+    )
     # Model
     lora_rank: int = _flag(32, "rank of the adapters", min=1)
     lora_alpha: int = _flag(16, "their scale is alpha / rank", min=1)
-    lora_targets: Optional[str] = _flag(None, "linear layers with adapters; 'language' freezes vision, whose features are then cached", default="tiny language; 7B all", choices=("all", "language"))
-    critic: str = _flag("adapter", "critic: an own adapter on the same backbone, the policy's adapter, or a second backbone", choices=("adapter", "shared", "separate"))
-    gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass: less memory, a third slower")
+    lora_targets: Optional[str] = _sized(
+        "lora_targets",
+        "linear layers with adapters; language freezes vision, whose features are then cached",
+        choices=("all", "language"),
+    )
+    critic: str = _flag(
+        "adapter",
+        "critic: an own adapter on the same backbone, the policy's adapter, or a second backbone",
+        choices=("adapter", "shared", "separate"),
+    )
+    gradient_checkpointing: bool = _flag(
+        False, "recompute activations in the backward pass: less memory, a third slower"
+    )
     # Curriculum and reward
-    curriculum: str = _flag("eq4", "task sampling: Eq. 4 as printed, most often near 50 % success, or uniform", choices=("eq4", "frontier", "uniform"))
+    curriculum: str = _flag(
+        "eq4",
+        "task sampling: Eq. 4 as printed, most often near 50 % success, or uniform",
+        choices=("eq4", "frontier", "uniform"),
+    )
     curriculum_tau: float = _flag(0.5, "temperature of the curriculum", min=1e-6)
     prm_weight: float = _flag(0.02, "weight of the RPRM score in the reward", min=0)
-    prm_mode: str = _flag("sum", "sum: weight x score per decision (the paper); potential: difference of scores; none", choices=("sum", "potential", "none"))
+    prm_mode: Optional[str] = _flag(
+        None,
+        "sum: weight x score per decision (the paper); potential: difference of scores; none",
+        default="sum where there is an RPRM for the policy",
+        choices=("sum", "potential", "none"),
+    )
     # Measuring
-    eval_every: int = _flag(50, "iterations between evaluations; 0 = only before and after", min=0)
-    eval_temperature: Optional[float] = _flag(None, "sampling temperature of evaluations; 0 = greedy, LIBERO's custom", default="tiny 1.0, 7B 0", min=0)
+    eval_every: int = _flag(50, "iterations between evaluations; 0 = only at the end", min=0)
+    eval_temperature: Optional[float] = _sized("eval_temperature", "of sampling in evaluations; 0 = greedy", min=0)
     eval_episodes: int = _flag(100, "episodes per evaluation during training, spread over the tasks", min=1)
     final_episodes: int = _flag(500, "episodes of the final comparison of start and trained policy", min=0)
     video_every: int = _flag(50, "iterations between rollout videos; 0 = none", min=0)
     keep: int = _flag(2, "checkpoints kept besides the best", min=1)
 
 
-# What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
-DEFAULTS = {
-    "tiny": dict(total_steps=130_000, num_envs=16, num_steps=32, max_episode_steps=160, lr=3e-4, critic_lr=1e-3, temperature=1.0,
-                 epochs=3, minibatch_size=128, micro_batch_size=128, lora_targets="language", eval_temperature=1.0),
-    "7B": dict(total_steps=1_280_000, num_envs=10, num_steps=128, max_episode_steps=150, lr=2e-5, critic_lr=5e-5, temperature=1.5,
-               epochs=1, minibatch_size=128, micro_batch_size=8, lora_targets="all", eval_temperature=0.0),
-}
 TINY = Path(__file__).resolve().parent / "checkpoints"  # checkpoints/<suite>/{policy,rprm}
-GPU_MEMORY_7B = 40e9  # bytes; less cannot hold the weights (15 GB), adapters, their optimiser and a micro-batch's activations
+# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations (README has the sum).
+GPU_MEMORY_7B = 44e9
 RPRM_CHUNK = 256  # decisions scored at a time
 
 
@@ -141,9 +202,31 @@ def make_from_scratch(args, root):
     here = Path(__file__).resolve().parent
     for command in (
         ["demos.py", "--suite", args.suite, *tasks, "--out", str(root / "data"), "--seed", str(args.seed)],
-        ["sft.py", "--suite", args.suite, "--data", str(root / "data"), "--out", str(root / "policy"), "--seed", str(args.seed)],
-        ["reward_model.py", "train", "--suite", args.suite, "--demos", str(root / "data" / args.suite), "--policy", str(root / "policy"),
-         "--out", str(root / "rprm"), "--seed", str(args.seed)],
+        [
+            "sft.py",
+            "--suite",
+            args.suite,
+            "--data",
+            str(root / "data"),
+            "--out",
+            str(root / "policy"),
+            "--seed",
+            str(args.seed),
+        ],
+        [
+            "reward_model.py",
+            "train",
+            "--suite",
+            args.suite,
+            "--demos",
+            str(root / "data" / args.suite),
+            "--policy",
+            str(root / "policy"),
+            "--out",
+            str(root / "rprm"),
+            "--seed",
+            str(args.seed),
+        ],
     ):
         print("\n$ python " + " ".join(command), flush=True)
         if code := subprocess.run([sys.executable, str(here / command[0]), *command[1:]]).returncode:
@@ -159,200 +242,13 @@ def resolve(args):
             setattr(args, name, value)
     if args.reward_model == "auto":
         args.reward_model = str(Path(args.model).parent / "rprm") if size == "tiny" else None
-        if args.reward_model is None and args.prm_mode != "none":
-            raise UserError("no RPRM for this policy: train one with `python reward_model.py train`, give it with --reward-model, "
-                            "or turn it off with --prm-mode none")
-    if args.out is None:
-        args.out = f"runs/{args.suite}-seed{args.seed}"
+    if args.reward_model is None and args.prm_mode not in (None, "none"):
+        raise UserError(
+            "no RPRM for this policy: train one with `python reward_model.py train`, give it with --reward-model, "
+            "or turn it off with --prm-mode none"
+        )
+    args.prm_mode = args.prm_mode or ("sum" if args.reward_model else "none")  # the banner says which
     return args, size, reason
-
-
-class Stop:
-    """Ctrl-C and SIGTERM set a flag that the loop reads after every decision; a second one ends the process at once."""
-
-    def __init__(self):
-        self.requested = False
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self._request)
-
-    def _request(self, number, frame):
-        if self.requested:
-            os._exit(128 + number)  # workers leave by themselves when their pipe closes
-        self.requested = True
-        print("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Logging
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Metrics:
-    """metrics.jsonl (one synced line per iteration, the source of truth), TensorBoard, and the terminal's line."""
-
-    def __init__(self, out, lines):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path, self.lines = out / "metrics.jsonl", lines
-        # Lines after the checkpoint that a run resumes from (or half a line, after a crash) belong to no saved state.
-        atomic_write(self.path, "".join(json.dumps(x) + "\n" for x in lines))
-        self.file = open(self.path, "a")
-        purge = lines[-1]["charts/decisions"] + 1 if lines else None
-        self.board = SummaryWriter(out / "tensorboard", purge_step=purge)
-
-    def write(self, metrics):
-        self.lines.append(metrics)
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and "/" in name:
-                self.board.add_scalar(name, value, metrics["charts/decisions"])
-        self.board.flush()
-
-    def close(self):
-        self.file.close()
-        self.board.close()
-
-
-def terminal_line(m, iterations, seconds_left):
-    success = f"{100 * m['charts/success_rate']:3.0f} %" if m["charts/episodes"] else "  - "
-    phase = "warm-up" if "losses/policy_loss" not in m else f"kl {m['losses/approx_kl']:.3f} clip {100 * m['losses/clipfrac']:2.0f} % ent {m['losses/entropy']:.1f}"
-    evaluated = f"  eval {100 * m['eval/success_rate']:.0f} %" if "eval/success_rate" in m else ""
-    return (f"it {m['iteration']:4d}/{iterations}  {m['charts/decisions']:>9,} decisions  success {success} of {m['charts/episodes']:3d}  "
-            f"ev {m['losses/explained_variance']:5.2f}  {phase}  rollout {m['time/rollout']:.1f} s (inference {m['time/inference']:.1f}) "
-            f"update {m['time/update']:.1f} s  left {seconds_left / 60:.0f} min{evaluated}")
-
-
-def plot_curve(lines, path, title):
-    """Success against decisions: training episodes (running mean), and evaluations with Wilson 95 % intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    x = np.array([m["charts/decisions"] for m in lines])
-    wins = np.array([m["charts/successes"] for m in lines], float)
-    episodes = np.array([m["charts/episodes"] for m in lines], float)
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=130)
-    if len(x):
-        window = np.ones(min(15, len(x)))
-        mean = np.convolve(wins, window)[: len(x)] / np.maximum(np.convolve(episodes, window)[: len(x)], 1)
-        ax.plot(x, 100 * mean, color="0.6", lw=1.2, label=f"training episodes, sampled actions (mean of {len(window)} iterations)")
-    points = [(m.get("eval/at", m["charts/decisions"]), m["eval/successes"], m["eval/episodes"]) for m in lines if "eval/episodes" in m]
-    if points:
-        at, k, n = map(np.array, zip(*points, strict=True))
-        low, high = np.array([wilson_interval(a, b) for a, b in zip(k.tolist(), n.tolist(), strict=True)]).T
-        rate = k / n
-        ax.errorbar(at, 100 * rate, yerr=100 * np.stack([rate - low, high - rate]).clip(0), fmt="o-", ms=4, capsize=3, color="C0",
-                    label="evaluation on test states (95 % interval)")
-    ax.set(xlabel="decisions", ylabel="success rate (%)", ylim=(0, 100), title=title)
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", fontsize=8)
-    fig.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    fig.savefig(temporary)
-    plt.close(fig)
-    os.replace(temporary, path)
-
-
-def write_video(path, frames, rewards, values, scores, ended, fps):
-    """Rollout of one environment as mp4: decision, reward, value and RPRM score drawn on, the scores as a strip below."""
-    import imageio
-    from PIL import Image, ImageDraw
-
-    T, width, strip, drawn, step = len(frames), 384, 48, [], 0
-    for t in range(T):
-        canvas = Image.new("RGB", (width, width + strip), (20, 20, 20))
-        canvas.paste(Image.fromarray(frames[t]).resize((width, width)), (0, 0))
-        pen = ImageDraw.Draw(canvas)
-        pen.rectangle((0, 0, width, 15), fill=(0, 0, 0))
-        pen.text((4, 2), f"decision {step:2d}   reward {rewards[t]:+.2f}   value {values[t]:+.2f}   RPRM {scores[t]:.2f}"
-                 + ("   success" if ended[t] > 0 else "   cut" if ended[t] < 0 else ""), fill=(255, 255, 255))
-        for k in range(T):  # the whole strip in grey, what has happened in green
-            x0, x1 = k * width // T, (k + 1) * width // T - 1
-            top = width + strip - 4 - int((strip - 8) * float(scores[k]))
-            pen.rectangle((x0, top, max(x0, x1), width + strip - 4), fill=(70, 170, 90) if k <= t else (70, 70, 70))
-        drawn.append(np.asarray(canvas))
-        step = 0 if ended[t] else step + 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.mp4")
-    imageio.mimwrite(temporary, drawn, fps=fps, macro_block_size=None)
-    os.replace(temporary, path)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(out, iteration, actor_critic, state, keep, best):
-    """Write checkpoints/<iteration>/ atomically: everything into a temporary directory, synced, then renamed.
-
-    adapters/: LoRA and value head (safetensors). state.pt: optimisers, generators, environments, counters (tensors and
-    plain values only, read back with weights_only=True). The newest `keep` and the best stay.
-    """
-    import torch
-
-    root = out / "checkpoints"
-    root.mkdir(exist_ok=True)
-    for left_over in root.glob("*.tmp"):
-        shutil.rmtree(left_over)
-    final, temporary = root / f"{iteration:06d}", root / f"{iteration:06d}.tmp"
-    try:
-        temporary.mkdir()
-        actor_critic.save_adapters(temporary / "adapters")
-        with open(temporary / "state.pt", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        sync_directory(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync_directory(root)
-    except OSError as exc:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint {final}: {exc.strerror or exc}; the previous one is intact. Free some "
-                        f"space, then: python train.py --resume {out}") from exc
-    saved = sorted(p for p in root.iterdir() if p.name.isdigit())
-    for old in saved[:-keep]:
-        if int(old.name) != best:
-            shutil.rmtree(old)
-
-
-def load_checkpoint(out, actor_critic):
-    """The newest readable checkpoint: loads the adapters and returns its state. A damaged one is named and passed over."""
-    import torch
-
-    saved = sorted((p for p in (out / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
-    for path in saved:
-        try:
-            state = torch.load(path / "state.pt", weights_only=True)
-            actor_critic.load_adapters(path / "adapters")
-            return state
-        except (UserError, OSError, RuntimeError, EOFError, ValueError, KeyError, __import__("pickle").UnpicklingError) as exc:
-            print(f"warning: {path} is damaged ({type(exc).__name__}); trying the one before", file=sys.stderr)
-    raise UserError(f"{out} holds no readable checkpoint: start the run again without --resume")
-
-
-def to_tensors(tree):
-    """numpy arrays -> tensors, so that `weights_only` can read them back (uint32 generator words become int64)."""
-    import torch
-
-    if isinstance(tree, dict):
-        return {k: to_tensors(v) for k, v in tree.items()}
-    if isinstance(tree, (np.ndarray, np.generic)):
-        return torch.from_numpy(np.array(tree))
-    return tree
-
-
-def to_numpy(tree):
-    import torch
-
-    if isinstance(tree, dict):
-        return {k: to_numpy(v) for k, v in tree.items()}
-    return tree.numpy() if isinstance(tree, torch.Tensor) else tree
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -376,7 +272,9 @@ def score_rollout(reward_model, buffer, mode, last_observation, final_images, sh
         observation, tokens, *_ = buffer.batch(rows, reward_model.model.device)
         images = {kind: observation[buffer.image_kind]}
         tokens = tokens if mode == "sum" else None
-        scores[rows] = reward_model.score(observation["input_ids"], observation["attention_mask"], tokens, **images).cpu()
+        scores[rows] = reward_model.score(
+            observation["input_ids"], observation["attention_mask"], tokens, **images
+        ).cpu()
     scores = scores.view(T, N)
     if mode == "potential":
         images, ids, mask = last_observation
@@ -386,7 +284,9 @@ def score_rollout(reward_model, buffer, mode, last_observation, final_images, sh
             length = int(buffer.attention_mask[t, n].sum())
             ids, mask = buffer.input_ids[t, n : n + 1, :length], buffer.attention_mask[t, n : n + 1, :length]
             device = reward_model.model.device
-            following[t, n] = reward_model.score(ids.to(device), mask.to(device), None, **{kind: image[None].to(device)}).item()
+            following[t, n] = reward_model.score(
+                ids.to(device), mask.to(device), None, **{kind: image[None].to(device)}
+            ).item()
     return scores, following
 
 
@@ -397,7 +297,9 @@ def score_rollout(reward_model, buffer, mode, last_observation, final_images, sh
 
 @main_guard
 def main():
-    args = parse_args(Args, "VLA-RL: PPO on the action tokens of OpenVLA in LIBERO, with a process reward model and a curriculum.")
+    args = parse_args(
+        Args, "VLA-RL: PPO on the action tokens of OpenVLA in LIBERO, with a process reward model and a curriculum."
+    )
     resumed = args.resume is not None
     if resumed:
         out = Path(args.resume)
@@ -417,18 +319,27 @@ def main():
     from reward_model import RewardModel, shaping_reward
 
     if not resumed:
+        args.out = args.out or f"runs/{args.suite}-seed{args.seed}"
+        if (Path(args.out) / "config.json").exists():
+            raise UserError(
+                f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out"
+            )
         if args.from_scratch:
-            args.model, args.reward_model = make_from_scratch(args, Path(args.out or f"runs/{args.suite}-seed{args.seed}"))
+            args.model, args.reward_model = make_from_scratch(args, Path(args.out) / "start")
             args.from_scratch = False
         args, size, reason = resolve(args)
         args.task_ids = sim.check_task_ids(args.suite, args.task_ids)
         out = Path(args.out)
-        if (out / "metrics.jsonl").exists():
-            raise UserError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
-        for what, path in (("policy", args.model), ("reward model", args.reward_model if args.prm_mode != "none" else None)):
+        for what, path in (
+            ("policy", args.model),
+            ("reward model", args.reward_model if args.prm_mode != "none" else None),
+        ):
             if path and path.startswith(str(TINY)) and not Path(path).is_dir():
-                raise UserError(f"no {what} at {path}: `python train.py --suite {args.suite} --from-scratch` makes it, or run sft.py and "
-                                "reward_model.py train")
+                raise UserError(
+                    f"no {what} at {path}. `python train.py --suite {args.suite} --from-scratch` makes it; so do `python demos.py "
+                    f"--suite {args.suite}`, `python sft.py --suite {args.suite} --out {TINY / args.suite / 'policy'}` and `python "
+                    f"reward_model.py train --suite {args.suite} --demos data/{args.suite} --out {TINY / args.suite / 'rprm'}`"
+                )
     else:
         size, reason = choose_model(args)[1], "resumed"
     sim.check_egl()
@@ -439,20 +350,27 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)  # mini-batch order and action sampling
 
     # ---- models ------------------------------------------------------------------------------------------------------
-    start_policy = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
-    start_policy._stats(args.suite)  # a checkpoint without this suite's action statistics fails here, not after minutes
     policy_base = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
+    policy_base.decode_actions(
+        np.zeros((1, 7), int), args.suite
+    )  # no action statistics of this suite: fail here, not after minutes
     policy_base.gradient_checkpointing = args.gradient_checkpointing
-    actor_critic = ActorCritic(policy_base, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary)
+    actor_critic = ActorCritic(
+        policy_base, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
+    )
     policy_optimizer = torch.optim.AdamW(actor_critic.policy_parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
-    critic_optimizer = torch.optim.AdamW(actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0)
+    critic_optimizer = torch.optim.AdamW(
+        actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0
+    )
     reward_model, shared = None, False
     if args.prm_mode != "none" and args.prm_weight > 0:
         reward_model = RewardModel.from_pretrained(args.reward_model, dtype=dtype, device=device)
         shared = actor_critic.vision_frozen and reward_model.shares_vision(policy_base)  # one vision pass serves both
         if actor_critic.vision_frozen and not shared:
-            raise UserError(f"{args.reward_model} has other vision weights than {args.model}: train it from that policy with "
-                            "`reward_model.py train --policy …`, or use --lora-targets all")
+            raise UserError(
+                f"{args.reward_model} has other vision weights than {args.model}: train it from that policy with "
+                "`reward_model.py train --policy …`, or use --lora-targets all"
+            )
 
     # ---- environments ------------------------------------------------------------------------------------------------
     try:
@@ -462,39 +380,69 @@ def main():
     batch = args.num_envs * args.num_steps
     iterations = max(1, math.ceil(args.total_steps / batch))
     trainable = sum(p.numel() for p in actor_critic.policy_parameters()) / 1e6
-    print(f"VLA-RL  {args.suite}, tasks {','.join(map(str, args.task_ids))}\n"
-          f"  policy     {args.model} ({size}: {reason}), {trainable:.2f} M adapter parameters on {args.lora_targets} layers, {device}\n"
-          f"  reward     sparse + {args.prm_weight} x RPRM ({args.prm_mode})   curriculum {args.curriculum}, tau {args.curriculum_tau}\n"
-          f"  rollout    {args.num_envs} environments x {args.num_steps} decisions of {start_policy.action_repeat} control steps, "
-          f"temperature {args.temperature}, episodes cut at {args.max_episode_steps} control steps, {render} rendering\n"
-          f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g}, {args.epochs} epochs of mini-batches of "
-          f"{args.minibatch_size}, warm-up {args.critic_warmup}\n  output     {out}", flush=True)
+    print(
+        f"VLA-RL  {args.suite}, tasks {','.join(map(str, args.task_ids))}\n"
+        f"  policy     {args.model} ({size}: {reason}), {trainable:.2f} M adapter parameters on {args.lora_targets} layers, {device}\n"
+        f"  reward     sparse + {args.prm_weight} x RPRM ({args.prm_mode})   curriculum {args.curriculum}, tau {args.curriculum_tau}\n"
+        f"  rollout    {args.num_envs} environments x {args.num_steps} decisions of {policy_base.action_repeat} control steps, "
+        f"temperature {args.temperature}, episodes cut at {args.max_episode_steps} control steps, {render} rendering\n"
+        f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g}, {args.epochs} epochs of mini-batches of "
+        f"{args.minibatch_size}, warm-up {args.critic_warmup}\n  output     {out}",
+        flush=True,
+    )
     curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau)
-    envs = LiberoVecEnv(args.suite, args.num_envs, args.task_ids, action_repeat=start_policy.action_repeat,
-                        max_steps=args.max_episode_steps, render=render, num_workers=args.num_workers, seed=args.seed,
-                        init_states=args.init_states, curriculum=curriculum)
-    stop = Stop()
+    envs = LiberoVecEnv(
+        args.suite,
+        args.num_envs,
+        args.task_ids,
+        action_repeat=policy_base.action_repeat,
+        max_steps=args.max_episode_steps,
+        render=render,
+        num_workers=args.num_workers,
+        seed=args.seed,
+        init_states=args.init_states,
+        curriculum=curriculum,
+    )
+    stop = runs.Stop()
 
     def measure(model, episodes):
         per_task = max(1, min(50, episodes // len(args.task_ids)))
-        return evaluate(model, args.suite, args.task_ids, per_task, envs=envs, temperature=args.eval_temperature,
-                        whole_vocabulary=args.whole_vocabulary, seed=args.seed, progress=sys.stderr.isatty())
+        return evaluate(
+            model,
+            args.suite,
+            args.task_ids,
+            per_task,
+            envs=envs,
+            on_episode=stop.check,
+            temperature=args.eval_temperature,
+            whole_vocabulary=args.whole_vocabulary,
+            seed=args.seed,
+            progress=sys.stderr.isatty(),
+        )
 
     # ---- state of the run --------------------------------------------------------------------------------------------
     image_kind = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
-    S, d = start_policy.image_size, start_policy.text["hidden_size"]
-    shape = (start_policy.num_patches, d) if actor_critic.vision_frozen else (6, S, S)
+    S, d = policy_base.image_size, policy_base.text["hidden_size"]
+    shape = (policy_base.num_patches, d) if actor_critic.vision_frozen else (6, S, S)
     buffer = RolloutBuffer(args.num_steps, args.num_envs, shape, image_kind, image_dtype=dtype)
-    cfg = PPOConfig(temperature=args.temperature, epochs=args.epochs, minibatch_size=args.minibatch_size,
-                    micro_batch_size=args.micro_batch_size, clip=args.clip, value_clip=args.value_clip,
-                    entropy_coef=args.entropy_coef, max_grad_norm=args.max_grad_norm, target_kl=args.target_kl)
+    cfg = PPOConfig(
+        temperature=args.temperature,
+        epochs=args.epochs,
+        minibatch_size=args.minibatch_size,
+        micro_batch_size=args.micro_batch_size,
+        clip=args.clip,
+        value_clip=args.value_clip,
+        entropy_coef=args.entropy_coef,
+        max_grad_norm=args.max_grad_norm,
+        target_kl=args.target_kl,
+    )
     first, best, best_rate, lines = 1, 0, -1.0, []
     if resumed:
-        state = load_checkpoint(out, actor_critic)
+        state = runs.load_checkpoint(out, actor_critic)
         policy_optimizer.load_state_dict(state["policy_optimizer"])
         critic_optimizer.load_state_dict(state["critic_optimizer"])
         generator.set_state(state["generator"])
-        obs = envs.set_state(to_numpy(state["envs"]))
+        obs = envs.set_state(runs.to_numpy(state["envs"]))
         first, best, best_rate = state["iteration"] + 1, state["best"], state["best_rate"]
         for line in (out / "metrics.jsonl").read_text().splitlines():
             try:
@@ -507,7 +455,7 @@ def main():
     else:
         atomic_write(out / "config.json", json.dumps(asdict(args), indent=1))
         obs, _ = envs.reset(seed=args.seed)
-    metrics_log = Metrics(out, lines)
+    metrics_log = runs.Metrics(out, lines)
 
     def observe(obs, rows=slice(None), frames=None):
         """Frames and instructions -> what the models read: images (B, P, d) or (B, 6, S, S), input_ids, attention_mask (B, L)."""
@@ -517,24 +465,40 @@ def main():
         return images, *policy_base.tokenize([obs["instruction"][i] for i in np.arange(args.num_envs)[rows]])
 
     def save(iteration):
-        save_checkpoint(out, iteration, actor_critic, {
-            "iteration": iteration, "best": best, "best_rate": best_rate,
-            "policy_optimizer": policy_optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-            "generator": generator.get_state(), "envs": to_tensors(envs.get_state()),
-        }, args.keep, best)
+        runs.save_checkpoint(
+            out,
+            iteration,
+            actor_critic,
+            {
+                "iteration": iteration,
+                "best": best,
+                "best_rate": best_rate,
+                "policy_optimizer": policy_optimizer.state_dict(),
+                "critic_optimizer": critic_optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "envs": runs.to_tensors(envs.get_state()),
+            },
+            args.keep,
+            best,
+        )
 
     if not resumed:
-        if args.eval_every:
-            result = measure(start_policy, args.eval_episodes)
-            print(f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes", flush=True)
-            before = {"eval/at": 0, "eval/successes": sum(e["success"] for e in result.episodes), "eval/episodes": len(result.episodes),
-                      "eval/success_rate": result.success_rate}
-            atomic_write(out / "eval_start.json", json.dumps(before))
         save(0)
     pace = []
 
     # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
     try:
+        if args.eval_every and first == 1:  # measured before anything is learnt
+            result = measure(actor_critic.merge_policy(), args.eval_episodes)
+            print(
+                f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes", flush=True
+            )
+            start_measured = {
+                "eval/at": 0,
+                "eval/successes": sum(e["success"] for e in result.episodes),
+                "eval/episodes": len(result.episodes),
+                "eval/success_rate": result.success_rate,
+            }
         for iteration in range(first, iterations + 1):
             began = time.time()
             times = dict(inference=0.0, physics=0.0, render=0.0, wait=0.0)
@@ -548,8 +512,12 @@ def main():
             for t in range(args.num_steps):
                 clock = time.time()
                 images, input_ids, mask = observe(obs)
-                tokens, log_probs, values = actor_critic.act(input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=generator)
-                buffer.store_decision(t, images.cpu(), input_ids.cpu(), mask.cpu(), tokens.cpu(), log_probs.cpu(), values.cpu())
+                tokens, log_probs, values = actor_critic.act(
+                    input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=generator
+                )
+                buffer.store_decision(
+                    t, images.cpu(), input_ids.cpu(), mask.cpu(), tokens.cpu(), log_probs.cpu(), values.cpu()
+                )
                 actions = policy_base.decode_actions(tokens.cpu().numpy(), args.suite)  # (N, 7)
                 times["inference"] += time.time() - clock
                 if filming:
@@ -569,15 +537,26 @@ def main():
                     with torch.no_grad():
                         final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
                     final_images.update({(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True)})
-                buffer.store_outcome(t, torch.from_numpy(rewards), torch.from_numpy(terminated), torch.from_numpy(truncated), final_values)
+                buffer.store_outcome(
+                    t,
+                    torch.from_numpy(rewards),
+                    torch.from_numpy(terminated),
+                    torch.from_numpy(truncated),
+                    final_values,
+                )
                 ended = terminated | truncated
-                wins, episodes, cut = wins + int(terminated.sum()), episodes + int(ended.sum()), cut + int(info["worker_restarted"].sum())
+                wins, episodes, cut = (
+                    wins + int(terminated.sum()),
+                    episodes + int(ended.sum()),
+                    cut + int(info["worker_restarted"].sum()),
+                )
                 lengths += info["episode_length"][ended].tolist()
-                if stop.requested:
-                    raise KeyboardInterrupt
+                stop.check()
             last_observation = observe(obs)
             with torch.no_grad():
-                last_values = actor_critic.value(*last_observation[1:], **{image_kind: last_observation[0]}).float().cpu()
+                last_values = (
+                    actor_critic.value(*last_observation[1:], **{image_kind: last_observation[0]}).float().cpu()
+                )
             rollout_time = time.time() - began
 
             # Reward = sparse + RPRM (section 3.4), then advantages.
@@ -585,32 +564,57 @@ def main():
             scores = torch.zeros_like(buffer.rewards)
             sparse_return = buffer.rewards.sum().item()
             if reward_model is not None:
-                scores, following = score_rollout(reward_model, buffer, args.prm_mode, last_observation, final_images, shared)
+                scores, following = score_rollout(
+                    reward_model, buffer, args.prm_mode, last_observation, final_images, shared
+                )
                 buffer.prm_scores = scores
-                buffer.rewards += shaping_reward(scores, following, args.prm_mode, args.prm_weight, args.gamma, buffer.terminated)
+                buffer.rewards += shaping_reward(
+                    scores, following, args.prm_mode, args.prm_weight, args.gamma, buffer.terminated
+                )
             buffer.finish(last_values, args.gamma, args.lam)
             times["rprm"] = time.time() - clock
 
             # Update: the critic alone during warm-up, then policy and critic.
             clock = time.time()
-            update = ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator)
+            update = ppo_update(
+                actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator
+            )
             times["update"] = time.time() - clock
 
-            m = {"iteration": iteration, "charts/decisions": iteration * batch, "charts/episodes": episodes, "charts/successes": wins,
-                 "charts/success_rate": wins / episodes if episodes else 0.0,
-                 "charts/episodic_length": float(np.mean(lengths)) if lengths else 0.0,
-                 "charts/sparse_return": sparse_return / args.num_envs, "charts/prm_score": scores.mean().item(),
-                 "charts/reward": buffer.rewards.mean().item(), "charts/value": buffer.values.mean().item(),
-                 "charts/worker_restarts": cut, **update,
-                 **{f"curriculum/task_{t}": p for t, p in zip(args.task_ids, curriculum.probabilities().tolist(), strict=True)},
-                 "time/rollout": rollout_time, **{f"time/{k}": v for k, v in times.items()},
-                 "charts/SPS": batch / (time.time() - began)}
+            m = {
+                "iteration": iteration,
+                "charts/decisions": iteration * batch,
+                "charts/episodes": episodes,
+                "charts/successes": wins,
+                "charts/success_rate": wins / episodes if episodes else 0.0,
+                "charts/episodic_length": float(np.mean(lengths)) if lengths else 0.0,
+                "charts/sparse_return": sparse_return / args.num_envs,
+                "charts/prm_score": scores.mean().item(),
+                "charts/reward": buffer.rewards.mean().item(),
+                "charts/value": buffer.values.mean().item(),
+                "charts/worker_restarts": cut,
+                **update,
+                **{
+                    f"curriculum/task_{t}": p
+                    for t, p in zip(args.task_ids, curriculum.probabilities().tolist(), strict=True)
+                },
+                "time/rollout": rollout_time,
+                **{f"time/{k}": v for k, v in times.items()},
+                "charts/SPS": batch / (time.time() - began),
+            }
             if filming and film:
                 ended = buffer.terminated[:, 0].int() - buffer.truncated[:, 0].int()
-                write_video(out / "videos" / f"rollout_{iteration:05d}.mp4", film, buffer.rewards[:, 0].tolist(), buffer.values[:, 0].tolist(),
-                            scores[:, 0].tolist(), ended.tolist(), fps=20 / start_policy.action_repeat)
-            if iteration == 1 and (out / "eval_start.json").exists():
-                m.update(json.loads((out / "eval_start.json").read_text()))
+                runs.write_video(
+                    out / "videos" / f"rollout_{iteration:05d}.mp4",
+                    film,
+                    buffer.rewards[:, 0].tolist(),
+                    buffer.values[:, 0].tolist(),
+                    scores[:, 0].tolist(),
+                    ended.tolist(),
+                    fps=20 / policy_base.action_repeat,
+                )
+            if iteration == 1 and args.eval_every:
+                m.update(start_measured)
             elif args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
                 result = measure(actor_critic.merge_policy(), args.eval_episodes)
                 k, n = sum(e["success"] for e in result.episodes), len(result.episodes)
@@ -621,46 +625,37 @@ def main():
             metrics_log.write(m)
             save(iteration)
             if "eval/episodes" in m or iteration % 10 == 0:
-                plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
-            print(terminal_line(m, iterations, float(np.mean(pace[-20:])) * (iterations - iteration)), flush=True)
-            if stop.requested:
-                raise KeyboardInterrupt
+                runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
+            print(runs.terminal_line(m, iterations, float(np.mean(pace[-20:])) * (iterations - iteration)), flush=True)
+            stop.check()
 
         # ---- before and after ------------------------------------------------------------------------------------------
         trained = actor_critic.merge_policy()
         trained.save_pretrained(out / "policy")
         if args.final_episodes:
             rows = {}
+            start_policy = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
             for name, model in (("start", start_policy), ("trained", trained)):
-                result = measure(model, args.final_episodes)
-                rows[name] = result.to_dict()
-                if stop.requested:
-                    raise KeyboardInterrupt
+                rows[name] = measure(model, args.final_episodes).to_dict()
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
-            print(before_after_table(rows), flush=True)
+            print(runs.before_after_table(rows), flush=True)
             total = rows["trained"]["total"]
-            metrics_log.lines[-1] = {**metrics_log.lines[-1], "eval/at": iterations * batch, "eval/successes": total["successes"], "eval/episodes": total["episodes"]}
-        plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
+            metrics_log.lines[-1] = {
+                **metrics_log.lines[-1],
+                "eval/at": iterations * batch,
+                "eval/successes": total["successes"],
+                "eval/episodes": total["episodes"],
+            }
+        runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
         print(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")
     except KeyboardInterrupt:
-        print(f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}", file=sys.stderr)
+        print(
+            f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}", file=sys.stderr
+        )
         sys.exit(130)
     finally:
         metrics_log.close()
         envs.close()
-
-
-def before_after_table(rows):
-    """Markdown table of start and trained policy per task, with Wilson 95 % intervals."""
-    def cell(r):
-        return f"{100 * r['success_rate']:5.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
-
-    lines = ["", "| task | episodes | start policy | after RL | |", "|---:|---:|---:|---:|---|"]
-    start, trained = rows["start"], rows["trained"]
-    for a, b in zip([*start["tasks"], start["total"]], [*trained["tasks"], trained["total"]], strict=True):
-        name = "all" if a["task_id"] is None else a["task_id"]
-        lines.append(f"| {name} | {a['episodes']} | {cell(a)} | {cell(b)} | {a['instruction']} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def _demo(rng, T=5, size=8):
     return {
-        "actions": np.clip(rng.normal(size=(T, 7)), -1, 1), "executed_actions": rng.uniform(-1, 1, (T, 7)),
-        "states": rng.normal(size=(T, 11)), "robot_states": rng.normal(size=(T, 9)),
-        "agentview_rgb": rng.integers(0, 256, (T, size, size, 3), dtype=np.uint8), "ee_pos": rng.normal(size=(T, 3)),
-        "ee_ori": rng.normal(size=(T, 3)), "ee_states": rng.normal(size=(T, 6)),
-        "gripper_states": rng.uniform(0, 0.04, (T, 2)), "joint_states": rng.normal(size=(T, 7)),
+        "actions": np.clip(rng.normal(size=(T, 7)), -1, 1),
+        "executed_actions": rng.uniform(-1, 1, (T, 7)),
+        "states": rng.normal(size=(T, 11)),
+        "robot_states": rng.normal(size=(T, 9)),
+        "agentview_rgb": rng.integers(0, 256, (T, size, size, 3), dtype=np.uint8),
+        "ee_pos": rng.normal(size=(T, 3)),
+        "ee_ori": rng.normal(size=(T, 3)),
+        "ee_states": rng.normal(size=(T, 6)),
+        "gripper_states": rng.uniform(0, 0.04, (T, 2)),
+        "joint_states": rng.normal(size=(T, 7)),
     }
 
 
@@ -36,7 +41,11 @@ def test_files_round_trip_and_turn_images_upright(tmp_path):
         np.testing.assert_array_equal(read["agentview"], np.rot90(original["agentview_rgb"], 2, axes=(1, 2)))
         assert read["instruction"] == "pick up the cup"
     with h5py.File(path) as f:  # LIBERO's own names
-        assert f["data/demo_0/obs/agentview_rgb"].shape == (5, 8, 8, 3) and f["data/demo_1/dones"][:].tolist() == [0, 0, 1]
+        assert f["data/demo_0/obs/agentview_rgb"].shape == (5, 8, 8, 3) and f["data/demo_1/dones"][:].tolist() == [
+            0,
+            0,
+            1,
+        ]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file left
 
 
@@ -100,12 +109,19 @@ def test_disturbance_keeps_commands_in_range_and_is_off_at_zero():
     assert np.abs(many).max() <= 1.0 and (many[:, 3:6] == 0).all() and 0 < (many[:, 6] == 0).sum() < 100
 
 
-@pytest.mark.parametrize("flags, what", [
-    (["--suite", "libero_goal"], "no scripted expert"), (["--task-ids", "77"], "task id 77"),
-    (["--num-demos", "0"], "--num-demos"), (["--resolution", "100"], "--resolution"),
-])
+@pytest.mark.parametrize(
+    "flags, what",
+    [
+        (["--suite", "libero_goal"], "no scripted expert"),
+        (["--task-ids", "77"], "task id 77"),
+        (["--num-demos", "0"], "--num-demos"),
+        (["--resolution", "100"], "--resolution"),
+    ],
+)
 def test_bad_flags_are_one_line(tmp_path, flags, what):
-    run = subprocess.run([sys.executable, "demos.py", *flags, "--out", str(tmp_path / "d")], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "demos.py", *flags, "--out", str(tmp_path / "d")], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "d").exists()
 
@@ -129,7 +145,9 @@ def test_expert_solves_test_states_and_its_recording_replays():
     # Replay from the same placement: the rows' states must come back.
     episode.reset(None, np.random.default_rng(5))
     for t in range(T):
-        np.testing.assert_allclose(np.concatenate([[episode.data.time], episode.data.qpos, episode.data.qvel]), arrays["states"][t], atol=1e-9)
+        np.testing.assert_allclose(
+            np.concatenate([[episode.data.time], episode.data.qpos, episode.data.qvel]), arrays["states"][t], atol=1e-9
+        )
         action = arrays["executed_actions"][t].copy()
         action[6] = 1.0 if action[6] < 0 else 0.0
         done = False

@@ -16,7 +16,9 @@ import sft
 from policy import OpenVLA, build_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = dict(vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=8)
+SMALL = dict(
+    vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=8
+)
 
 
 @given(st.integers(1, 6), st.integers(0, 20), st.integers(0, 2**31))
@@ -66,8 +68,10 @@ def test_loss_against_a_loop():
             else:
                 expected = -log_p[bins[b, k]]
             assert abs(loss[b, k].item() - expected.item()) < 1e-4
-    torch.testing.assert_close(sft.action_loss(logits, bins, 0.0, soft),
-                               torch.nn.functional.cross_entropy(logits.permute(0, 2, 1), bins, reduction="none"))
+    torch.testing.assert_close(
+        sft.action_loss(logits, bins, 0.0, soft),
+        torch.nn.functional.cross_entropy(logits.permute(0, 2, 1), bins, reduction="none"),
+    )
 
 
 def _write_demos(directory, repeat=4, tasks=2):
@@ -83,8 +87,18 @@ def _write_demos(directory, repeat=4, tasks=2):
                 images[t, :, 16 * side[t] : 16 * side[t] + 16] += 180
             actions = np.zeros((T, 7))
             actions[:, 0], actions[:, 6] = np.where(side == 1, 0.8, -0.8), np.where(side == 1, 1, -1)
-            states = {k: np.zeros((T, n)) for k, n in (("states", 5), ("robot_states", 9), ("ee_pos", 3), ("ee_ori", 3),
-                                                        ("ee_states", 6), ("gripper_states", 2), ("joint_states", 7))}
+            states = {
+                k: np.zeros((T, n))
+                for k, n in (
+                    ("states", 5),
+                    ("robot_states", 9),
+                    ("ee_pos", 3),
+                    ("ee_ori", 3),
+                    ("ee_states", 6),
+                    ("gripper_states", 2),
+                    ("joint_states", 7),
+                )
+            }
             out.append({"actions": actions, "agentview_rgb": images, **states})
         demos.write_demos(directory / f"task_{task}_demo.hdf5", out, repeat, f"task {task}")
 
@@ -96,8 +110,30 @@ def test_training_learns_from_images_and_repeats_with_the_seed(tmp_path):
     init.save_pretrained(tmp_path / "init")
     results = []
     for name in ("a", "b"):
-        args = ["--data", str(tmp_path / "data"), "--init", str(tmp_path / "init"), "--out", str(tmp_path / name), "--steps", "150",
-                "--batch-size", "16", "--eval-every", "75", "--held-out", "0.2", "--lr", "3e-3", "--warmup", "10", "--ema", "0.9", "--threads", "1"]
+        args = [
+            "--data",
+            str(tmp_path / "data"),
+            "--init",
+            str(tmp_path / "init"),
+            "--out",
+            str(tmp_path / name),
+            "--steps",
+            "150",
+            "--batch-size",
+            "16",
+            "--eval-every",
+            "75",
+            "--held-out",
+            "0.2",
+            "--lr",
+            "3e-3",
+            "--warmup",
+            "10",
+            "--ema",
+            "0.9",
+            "--threads",
+            "1",
+        ]
         run = subprocess.run([sys.executable, "sft.py", *args], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         results.append(json.loads((tmp_path / name / "sft_log.json").read_text())["log"][-1])
@@ -112,6 +148,11 @@ def test_training_learns_from_images_and_repeats_with_the_seed(tmp_path):
 def test_bad_data_is_one_line(tmp_path, kind):
     if kind == "other repeat":
         _write_demos(tmp_path / "data" / "libero_object", repeat=3, tasks=1)
-    run = subprocess.run([sys.executable, "sft.py", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "sft.py", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 1 and "Traceback" not in run.stderr and not (tmp_path / "o").exists()
     assert ("demos.py" if kind == "no data" else "--action-repeat 4") in run.stderr

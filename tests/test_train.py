@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import runs
 import train
 from policy import build_tiny
 from ppo import RolloutBuffer
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = dict(vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=16)
+SMALL = dict(
+    vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=16
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,9 @@ def models(tmp_path_factory):
     """A random policy and a reward model on the same vision weights."""
     root = tmp_path_factory.mktemp("models")
     model = build_tiny(0, **SMALL)
-    model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 3 + [0.0] * 4, "q99": [1.0] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}
+    model.norm_stats["libero_object"] = {
+        "action": {"q01": [-1.0] * 3 + [0.0] * 4, "q99": [1.0] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}
+    }
     model.save_pretrained(root / "policy")
     model.side_files["rprm.json"] = b"{}"
     model.save_pretrained(root / "rprm")
@@ -36,14 +41,46 @@ def models(tmp_path_factory):
 
 
 def _command(models, out, *extra):
-    return [sys.executable, "train.py", "--task-ids", "0", "--model", str(models / "policy"), "--reward-model", str(models / "rprm"),
-            "--num-envs", "2", "--num-workers", "1", "--num-steps", "3", "--total-steps", "24", "--max-episode-steps", "20", "--critic-warmup", "1",
-            "--eval-every", "0", "--final-episodes", "0", "--video-every", "2", "--minibatch-size", "4", "--out", str(out), *extra]
+    return [
+        sys.executable,
+        "train.py",
+        "--task-ids",
+        "0",
+        "--model",
+        str(models / "policy"),
+        "--reward-model",
+        str(models / "rprm"),
+        "--num-envs",
+        "2",
+        "--num-workers",
+        "1",
+        "--num-steps",
+        "3",
+        "--total-steps",
+        "24",
+        "--max-episode-steps",
+        "20",
+        "--critic-warmup",
+        "1",
+        "--eval-every",
+        "0",
+        "--final-episodes",
+        "0",
+        "--video-every",
+        "2",
+        "--minibatch-size",
+        "4",
+        "--out",
+        str(out),
+        *extra,
+    ]
 
 
 def _start(command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def _finish(command, code=0):
@@ -109,7 +146,10 @@ def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path
     stdout, _ = _finish([sys.executable, "train.py", "--resume", str(out)])
     assert "resumed at iteration 3" in stdout
     assert _metrics(out) == _metrics(uninterrupted[0])
-    ours, theirs = load_file(out / "policy" / "model.safetensors"), load_file(uninterrupted[0] / "policy" / "model.safetensors")
+    ours, theirs = (
+        load_file(out / "policy" / "model.safetensors"),
+        load_file(uninterrupted[0] / "policy" / "model.safetensors"),
+    )
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
@@ -138,12 +178,19 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
         assert f"{saved[-1]} is damaged" in stderr and f"resumed at iteration {int(saved[-1].name)}" in stdout
 
 
-@pytest.mark.parametrize("flags, what", [
-    (["--suite", "libero_nothing"], "unknown suite"), (["--task-ids", "99"], "task id 99"), (["--num-envs", "0"], "--num-envs"),
-    (["--model", "/nonexistent/model"], "/nonexistent/model"), (["--resume", "/nonexistent/run"], "/nonexistent/run"),
-    (["--curriculum", "hard"], "curriculum"), (["--prm-mode", "sum", "--reward-model", "/nonexistent/rprm"], "/nonexistent/rprm"),
-    (["--out", "/proc/run"], "/proc/run"),
-])
+@pytest.mark.parametrize(
+    "flags, what",
+    [
+        (["--suite", "libero_nothing"], "unknown suite"),
+        (["--task-ids", "99"], "task id 99"),
+        (["--num-envs", "0"], "--num-envs"),
+        (["--model", "/nonexistent/model"], "/nonexistent/model"),
+        (["--resume", "/nonexistent/run"], "/nonexistent/run"),
+        (["--curriculum", "hard"], "curriculum"),
+        (["--prm-mode", "sum", "--reward-model", "/nonexistent/rprm"], "/nonexistent/rprm"),
+        (["--out", "/proc/run"], "/proc/run"),
+    ],
+)
 def test_bad_input_is_one_line(models, tmp_path, flags, what):
     base = ["--model", str(models / "policy"), "--reward-model", str(models / "rprm"), "--out", str(tmp_path / "r")]
     run = subprocess.run([sys.executable, "train.py", *base, *flags], cwd=ROOT, capture_output=True, text=True)
@@ -154,34 +201,45 @@ def test_bad_input_is_one_line(models, tmp_path, flags, what):
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     """An error while writing removes the half-written directory and keeps the old one."""
+
     class Nothing:
         def save_adapters(self, directory):
             directory.mkdir()
 
-    train.save_checkpoint(tmp_path, 1, Nothing(), {"iteration": 1}, keep=2, best=0)
+    runs.save_checkpoint(tmp_path, 1, Nothing(), {"iteration": 1}, keep=2, best=0)
 
     class Full(Nothing):
         def save_adapters(self, directory):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(train.UserError, match="previous one is intact"):
-        train.save_checkpoint(tmp_path, 2, Full(), {"iteration": 2}, keep=2, best=0)
+    with pytest.raises(runs.UserError, match="previous one is intact"):
+        runs.save_checkpoint(tmp_path, 2, Full(), {"iteration": 2}, keep=2, best=0)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
     for i in range(2, 7):
-        train.save_checkpoint(tmp_path, i, Nothing(), {"iteration": i}, keep=2, best=3)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000003", "000005", "000006"]  # best and last two
+        runs.save_checkpoint(tmp_path, i, Nothing(), {"iteration": i}, keep=2, best=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "000003",
+        "000005",
+        "000006",
+    ]  # best and last two
 
 
 def test_state_survives_weights_only(tmp_path):
-    tree = {"a": {"b": np.arange(3, dtype=np.int64), "c": np.float64(2.5)}, "d": np.zeros((2, 2), bool), "e": "text", "f": 1}
-    torch.save(train.to_tensors(tree), tmp_path / "x.pt")
-    back = train.to_numpy(torch.load(tmp_path / "x.pt", weights_only=True))
+    tree = {
+        "a": {"b": np.arange(3, dtype=np.int64), "c": np.float64(2.5)},
+        "d": np.zeros((2, 2), bool),
+        "e": "text",
+        "f": 1,
+    }
+    torch.save(runs.to_tensors(tree), tmp_path / "x.pt")
+    back = runs.to_numpy(torch.load(tmp_path / "x.pt", weights_only=True))
     np.testing.assert_array_equal(back["a"]["b"], tree["a"]["b"])
     assert back["a"]["c"] == 2.5 and back["d"].dtype == bool and (back["e"], back["f"]) == ("text", 1)
 
 
 def test_scores_of_a_rollout_follow_the_mode():
     """`sum` scores o_t and its action; `potential` pairs each state with the one that followed, cut episodes included."""
+
     class Judge:
         class model:
             device = torch.device("cpu")
@@ -193,8 +251,15 @@ def test_scores_of_a_rollout_follow_the_mode():
     buffer = RolloutBuffer(3, 2, (1, 1), "patch_embeddings")
     for t in range(3):
         images = torch.tensor([[[t * 10.0]], [[t * 10.0 + 1]]])
-        buffer.store_decision(t, images, torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long),
-                              torch.full((2, 7), 100), torch.zeros(2, 7), torch.zeros(2))
+        buffer.store_decision(
+            t,
+            images,
+            torch.ones(2, 4, dtype=torch.long),
+            torch.ones(2, 4, dtype=torch.long),
+            torch.full((2, 7), 100),
+            torch.zeros(2, 7),
+            torch.zeros(2),
+        )
     last = (torch.tensor([[[70.0]], [[71.0]]]), torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
     scores, _ = train.score_rollout(Judge(), buffer, "sum", last, {}, True)
     assert scores.tolist() == [[100, 101], [110, 111], [120, 121]]
