@@ -41,7 +41,7 @@ MAX_DECISIONS = 70  # per recorded episode: 280 control steps, libero_object's l
 class Args:
     suite: str = field(default="libero_object", metadata={"help": "libero_object or libero_spatial"})
     task_ids: Optional[list[int]] = field(
-        default=None, metadata={"help": "comma-separated task ids; default: all tasks"}
+        default=None, metadata={"help": "comma-separated task ids", "default": "all tasks", "min": 0}
     )
     num_demos: int = field(default=50, metadata={"help": "successful demonstrations to record per task"})
     out: str = field(default="data", metadata={"help": "directory; files go to <out>/<suite>/<task>_demo.hdf5"})

@@ -1,6 +1,6 @@
 """Success rates under the LIBERO protocol: every task from its fixed initial states, no exploration.
 
-    python eval.py --suite libero_object --checkpoint checkpoints/libero_object --episodes-per-task 50
+    python eval.py --suite libero_object --checkpoint checkpoints/libero_object/policy --episodes-per-task 50
 
 An episode is a task and an initial state. All of them stand in one queue; whichever environment ends its episode takes
 the next, so that none waits for the slowest. Nothing about an episode depends on where or when it ran: the simulator

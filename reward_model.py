@@ -814,7 +814,10 @@ def record_runs(directory, sim, runs, action_repeat):
 
 
 def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, weight, gamma, seed, record=None):
-    """Roll the policy out on the protocol's initial states and measure the reward model on it -> `report` dict."""
+    """Roll the policy out and measure the reward model on it -> `report` dict.
+
+    From random placements, not from the 50 test states: recorded episodes may be used for training.
+    """
     from sim import TaskSim, max_steps
 
     limit, generator = max_steps(suite) // model.action_repeat, torch.Generator().manual_seed(seed)
@@ -823,7 +826,7 @@ def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, we
         sim = TaskSim(suite, task_id)
         episodes = [sim.episode() for _ in range(episodes_per_task)]
         for i, episode in enumerate(episodes):
-            episode.reset(i % sim.num_init_states)
+            episode.reset(None, np.random.default_rng([seed, task_id, i]))
 
         def policy(rows, input_ids, attention_mask, embeddings):
             how = {"patch_embeddings": embeddings, "temperature": temperature, "generator": generator}
@@ -986,9 +989,9 @@ class EvaluateArgs:
     rprm: str = flag("checkpoints/libero_object/rprm", "reward model directory")
     policy: str = flag("checkpoints/libero_object/policy", "policy checkpoint that acts")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
-    episodes_per_task: int = flag(5, "episodes per task, from the protocol's initial states", min=1)
+    episodes_per_task: int = flag(5, "episodes per task, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
-    weight: float = flag(0.1, "--prm-weight of the RL run to check", min=0.0)
+    weight: float = flag(0.02, "--prm-weight of the RL run to check", min=0.0)
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
     record: Path | None = flag(None, "directory for the episodes as HDF5 (success/, failure/): more data for train")

@@ -12,7 +12,7 @@ cross entropy of the demonstrated tokens given image, instruction and the tokens
 
 Held-out loss and action accuracy are measured on whole demonstrations that were left out.
 
-    python sft.py --suite libero_object --data data --out checkpoints/openvla-tiny-libero-object-sft
+    python sft.py --suite libero_object --data data --out checkpoints/libero_object/policy
 """
 
 import json
@@ -188,7 +188,7 @@ def measure(model, data, index, input_ids, mask, tokens, sigma, soft_dims, batch
         ).cpu()
         n += len(rows)
     names = ("loss", "accuracy", "accuracy_within_5_bins", "gripper_accuracy")
-    return {k: float(v) / max(n, 1) for k, v in zip(names, sums)}
+    return {k: float(v) / max(n, 1) for k, v in zip(names, sums, strict=True)}
 
 
 # --------------------------------------------------------------------------------------------------------------------

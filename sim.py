@@ -25,7 +25,7 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering; must be set before mujoco is imported
 
-from common import UserError, silence_third_party
+from common import DEBIAN_PACKAGES, UserError, silence_third_party
 
 silence_third_party()
 
@@ -326,8 +326,8 @@ def light_model(model, data, image_size=256):
 # --------------------------------------------------------------------------------------------------------------------
 
 EGL_HELP = (
-    "no EGL for off-screen rendering: on Debian or Ubuntu run `apt-get install libegl1 libgl1 libgl1-mesa-dri libgles2` "
-    "(Mesa, software) or install the GPU's driver, then try again"
+    f"no EGL for off-screen rendering: on Debian or Ubuntu run `apt-get install {DEBIAN_PACKAGES}` (Mesa, software) or "
+    "install the GPU's driver, then try again"
 )
 _GL = None  # one OpenGL context per process; every TaskSim's MjrContext lives in it
 
