@@ -43,7 +43,7 @@ class Args:
     task_ids: Optional[list[int]] = field(
         default=None, metadata={"help": "comma-separated task ids", "default": "all tasks", "min": 0}
     )
-    num_demos: int = field(default=50, metadata={"help": "successful demonstrations to record per task"})
+    num_demos: int = field(default=60, metadata={"help": "successful demonstrations to record per task"})
     out: str = field(default="data", metadata={"help": "directory; files go to <out>/<suite>/<task>_demo.hdf5"})
     action_repeat: int = field(
         default=4, metadata={"help": "control steps per recorded decision (openvla-tiny acts every 4)"}

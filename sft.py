@@ -17,6 +17,7 @@ Held-out loss and action accuracy are measured on whole demonstrations that were
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,7 +244,8 @@ def train(args, model, data, out):
         tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()))
 
     running, start = float("nan"), time.time()
-    bar = tqdm(range(1, args.steps + 1), desc="sft", unit="step")
+    pause = 0.2 if sys.stderr.isatty() else 30.0  # seconds between updates of the bar; a pipe or a log wants few lines
+    bar = tqdm(range(1, args.steps + 1), desc="sft", unit="step", mininterval=pause)
     for step in bar:
         scale = min(1.0, step / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
@@ -266,7 +268,7 @@ def train(args, model, data, out):
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - d)
         running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{running:.3f}")
+            bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         if step % args.eval_every == 0 or step == args.steps:
             save(step)
 

@@ -153,11 +153,11 @@ class Args:
         choices=("sum", "potential", "none"),
     )
     # Measuring
-    eval_every: int = _flag(50, "iterations between evaluations; 0 = only at the end", min=0)
+    eval_every: int = _flag(40, "iterations between evaluations; 0 = only at the end", min=0)
     eval_temperature: Optional[float] = _sized("eval_temperature", "of sampling in evaluations; 0 = greedy", min=0)
     eval_episodes: int = _flag(100, "episodes per evaluation during training, spread over the tasks", min=1)
     final_episodes: int = _flag(500, "episodes of the final comparison of start and trained policy", min=0)
-    video_every: int = _flag(50, "iterations between rollout videos; 0 = none", min=0)
+    video_every: int = _flag(40, "iterations between rollout videos; 0 = none", min=0)
     keep: int = _flag(2, "checkpoints kept besides the best", min=1)
 
 
