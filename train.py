@@ -436,7 +436,7 @@ def main():
         max_grad_norm=args.max_grad_norm,
         target_kl=args.target_kl,
     )
-    first, best, best_rate, lines = 1, 0, -1.0, []
+    first, best, best_rate, lines = 1, -1, -1.0, []  # no checkpoint is the best before one was evaluated
     if resumed:
         state = runs.load_checkpoint(out, actor_critic)
         policy_optimizer.load_state_dict(state["policy_optimizer"])
@@ -493,6 +493,7 @@ def main():
             print(
                 f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes", flush=True
             )
+            best, best_rate = 0, result.success_rate
             start_measured = {
                 "eval/at": 0,
                 "eval/successes": sum(e["success"] for e in result.episodes),

@@ -1,0 +1,7 @@
+"""Shared by all tests."""
+
+import signal
+
+# A shell starts background jobs with Ctrl-C ignored, and every child inherits that: tests that send SIGINT to a process of
+# theirs would wait forever under `make test &`. With a handler of our own, children start with the default again.
+signal.signal(signal.SIGINT, signal.default_int_handler)
