@@ -33,11 +33,11 @@ from common import UserError, atomic_write, main_guard, parse_args, seed_everyth
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
     "tiny": dict(
-        total_steps=130_000,
+        total_steps=102_400,
         num_envs=16,
         num_steps=32,
         max_episode_steps=160,
-        lr=3e-4,
+        lr=1e-3,
         critic_lr=1e-3,
         temperature=1.0,
         epochs=3,
