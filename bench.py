@@ -303,7 +303,8 @@ def print_envs(r):
           f"{'transport':>11s}{'MB/worker':>11s}")
     for w in r["workers"]:
         print(f"{w['workers']:8d}{w['environments']:14d}{w['steps_per_s']:9.1f}{w['physics_ms']:12.2f}"
-              f"{w['render_ms']:11.2f}{100 * w['overhead_share']:8.1f} %{100 * w['transport_share']:9.1f} %{w['memory_per_worker']:11.0f}")
+              f"{w['render_ms']:11.2f}{100 * w['overhead_share']:8.1f} %{100 * w['transport_share']:9.1f} %"
+              f"{w['memory_per_worker']:11.0f}")
     print("overhead: share of the wall time in which a worker neither simulates nor renders (Python, waiting for the\n"
           "slowest worker, messages, main process); transport: messages and main process alone")
 

@@ -98,7 +98,7 @@ def task():
 
 
 def test_states_equal_stock(both):
-    """qpos and qvel within 1e-9 after settling and after each of 100 random actions. (Measured: no difference at all.)"""
+    """qpos and qvel within 1e-9 after settling and after each of 100 random actions. (Measured: no difference.)"""
     suite, stock, _, task = both
     stock.reset(0)
     episode = task.episode()
