@@ -76,11 +76,13 @@ class Curriculum:
     s_j is the success rate over the last `window` episodes of task j with one success and one failure added (Laplace),
     so that an unseen task counts as 0.5, neutral in both formulas, and one lucky episode does not settle anything.
     tau: temperature of the sampling; large = uniform, small = only the favourite.
+    deferred: outcomes wait until `commit`. Training commits after each rollout: the probabilities then depend neither on
+        which environment ended an episode first nor on how the environments are spread over processes.
     """
 
     MODES = ("eq4", "frontier", "uniform")
 
-    def __init__(self, task_ids, mode="eq4", tau=0.5, window=50):
+    def __init__(self, task_ids, mode="eq4", tau=0.5, window=50, deferred=False):
         self.task_ids = [int(t) for t in task_ids]
         if not self.task_ids or len(set(self.task_ids)) != len(self.task_ids):
             raise UserError(f"curriculum: task ids must be a non-empty list without repeats, not {list(task_ids)}")
@@ -92,6 +94,7 @@ class Curriculum:
         self._row = {task: row for row, task in enumerate(self.task_ids)}
         self._outcomes = [deque(maxlen=self.window) for _ in self.task_ids]
         self.num_updates = 0
+        self.deferred, self.pending = deferred, []  # pending: (task id, success) in the order in which episodes ended
 
     def success_rates(self):
         """(num_tasks,) float64 in (0, 1): s_j with the prior."""
@@ -114,9 +117,17 @@ class Curriculum:
         return self.task_ids[int(rng.choice(len(self.task_ids), p=self.probabilities()))]
 
     def update(self, task_id, success):
-        """Count one finished episode."""
-        self._outcomes[self._row[int(task_id)]].append(bool(success))
-        self.num_updates += 1
+        """Count one finished episode (deferred: at the next `commit`)."""
+        self.pending.append((int(task_id), bool(success)))
+        if not self.deferred:
+            self.commit()
+
+    def commit(self, outcomes=None):
+        """Let pending episodes count: this process's own, or `outcomes`, those of all processes in one order."""
+        for task_id, success in self.pending if outcomes is None else outcomes:
+            self._outcomes[self._row[task_id]].append(success)
+            self.num_updates += 1
+        self.pending = []
 
     def state_dict(self):
         """Arrays only: "outcomes" (num_tasks, window) int8, oldest first, -1 = none yet; "num_updates" () int64."""

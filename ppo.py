@@ -343,10 +343,7 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     kl_stop = False
 
     for _ in range(cfg.epochs):
-        order = torch.randperm(buffer.size, generator=generator)
-        # Equal parts instead of full ones and a rest: a last mini-batch of three samples would move the weights as
-        # far as the others.
-        for minibatch in order.tensor_split(-(-buffer.size // cfg.minibatch_size)):
+        for minibatch in minibatches(*buffer.rewards.shape, cfg.minibatch_size, generator):
             policy_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.zero_grad(set_to_none=True)
             update_policy = train_policy and not kl_stop
@@ -414,6 +411,19 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
         metrics["losses/policy_steps"] = policy_steps
         metrics["losses/kl_stop"] = float(kl_stop)
     return metrics
+
+
+def minibatches(T, N, size, generator):
+    """One epoch's mini-batches of a (T, N) rollout: flat indices t * N + n in tensors of about `size`.
+
+    Each environment's decisions are shuffled on their own, and each mini-batch takes the same number of every
+    environment's (at least one). It is as random as needed, and the same mini-batches result however the environments
+    are spread over processes. Equal parts instead of full ones and a rest: a last mini-batch of three samples would move
+    the weights as far as the others.
+    """
+    order = torch.stack([torch.randperm(T, generator=generator) for _ in range(N)], dim=1)  # (T, N): decision t of n
+    count = min(T, -(-T * N // size))
+    return [(t * N + torch.arange(N)).flatten() for t in order.tensor_split(count)]
 
 
 def _add(meters, name, total, count):

@@ -12,7 +12,7 @@ the rest:
   compiled function. qpos and qvel are those of the stock environment, bit for bit, in every suite
   (`tests/test_sim.py`); see "Equal to the last bit" below for what that takes.
 * `light` rendering draws simplified copies of the meshes (quadric decimation; texture coordinates and normals come from
-  the original surface), and smooths edges by a picture 1.25 times as large instead of four samples per pixel. Only the
+  the original surface), and smooths edges by a picture 1.375 times as large instead of four samples per pixel. Only the
   renderer's copy is simplified: physics never sees it.
 
 Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models/grippers/panda_gripper.py`; LIBERO
@@ -171,9 +171,9 @@ def _stock_solves(model, data, n):
 # Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained (README, "Environments").
 FACES_PER_PIXEL = 0.75
 MIN_FACES = 60
-# Software OpenGL spends half of a picture on LIBERO's 4 samples per pixel. A plain picture of 320 px, averaged down to 256,
+# Software OpenGL spends half of a picture on LIBERO's 4 samples per pixel. A plain picture of 352 px, averaged down to 256,
 # costs little more than a plain one of 256 and is 1 to 3 dB closer to `exact`.
-SUPERSAMPLING = 1.25
+SUPERSAMPLING = 1.375
 DECIMATION_AGGRESSIVENESS = 2  # fast_simplification's `agg`: lower is slower and closer to the original
 
 
@@ -549,6 +549,30 @@ class TaskSim:
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._pixels = np.empty((size, size, 3), np.uint8)
 
+        # A sky that walls hide costs a tenth of a picture. The camera and the walls do not move, so one look is enough.
+        _GL.make_current()
+        skybox = mujoco.mjtRndFlag.mjRND_SKYBOX
+        with_sky = self.draw(data)
+        self._scene.flags[skybox] = 0
+        self._scene.flags[skybox] = int((self.draw(data) != with_sky).any())
+
+    def draw(self, data):
+        """The agentview picture of `data`, (resolution, resolution, 3) uint8, upright. The GL context must be current."""
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, data, self._options, self._perturb, self._camera, everything, self._scene)
+        # robosuite hides its gripper sites by a negative opacity; software OpenGL would still blend nothing into the
+        # picture, for 0.4 ms each. Sites come last in a scene.
+        while self._scene.ngeom and self._scene.geoms[self._scene.ngeom - 1].rgba[3] <= 0.0:
+            self._scene.ngeom -= 1
+        mujoco.mjr_render(self._viewport, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
+        pixels = self._pixels
+        if len(pixels) != self.resolution:
+            pixels = cv2.resize(pixels, (self.resolution, self.resolution), interpolation=cv2.INTER_AREA)
+        # OpenGL's rows run bottom-up; LIBERO keeps that ("upside down"), and OpenVLA rotates by 180 degrees.
+        return pixels[::-1, ::-1].copy()
+
     def episode(self):
         """A new `Episode` of this task. Call its `reset` first."""
         return Episode(self)
@@ -655,21 +679,7 @@ class Episode:
         if sim.env.env.tracking_object_states_change:
             sim.env.env._post_process()  # e.g. a stove's flame, which is a site that switches on and off
         _GL.make_current()  # somebody else's context may be current, e.g. a stock environment in the same process
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, sim._context)
-        mujoco.mjv_updateScene(
-            sim.model, self.data, sim._options, sim._perturb, sim._camera, mujoco.mjtCatBit.mjCAT_ALL, sim._scene
-        )
-        # robosuite hides its gripper sites by a negative opacity; software OpenGL would still blend nothing into the
-        # picture, for 0.4 ms each. Sites come last in a scene.
-        while sim._scene.ngeom and sim._scene.geoms[sim._scene.ngeom - 1].rgba[3] <= 0.0:
-            sim._scene.ngeom -= 1
-        mujoco.mjr_render(sim._viewport, sim._scene, sim._context)
-        mujoco.mjr_readPixels(sim._pixels, None, sim._viewport, sim._context)
-        pixels = sim._pixels
-        if len(pixels) != sim.resolution:
-            pixels = cv2.resize(pixels, (sim.resolution, sim.resolution), interpolation=cv2.INTER_AREA)
-        # OpenGL's rows run bottom-up; LIBERO keeps that ("upside down"), and OpenVLA rotates by 180 degrees.
-        return pixels[::-1, ::-1].copy()
+        return sim.draw(self.data)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

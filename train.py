@@ -347,7 +347,9 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" and size == "7B" else torch.float32
     render = args.render or ("exact" if device == "cuda" else "light")
     seed_everything(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)  # mini-batch order and action sampling
+    generator = torch.Generator().manual_seed(args.seed)  # mini-batch order
+    # Action sampling: one generator per environment, so that no environment's luck depends on the others.
+    samplers = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(args.num_envs)]
 
     # ---- models ------------------------------------------------------------------------------------------------------
     policy_base = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
@@ -390,7 +392,7 @@ def main():
         f"{args.minibatch_size}, warm-up {args.critic_warmup}\n  output     {out}",
         flush=True,
     )
-    curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau)
+    curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau, deferred=True)
     envs = LiberoVecEnv(
         args.suite,
         args.num_envs,
@@ -442,6 +444,8 @@ def main():
         policy_optimizer.load_state_dict(state["policy_optimizer"])
         critic_optimizer.load_state_dict(state["critic_optimizer"])
         generator.set_state(state["generator"])
+        for sampler, saved_sampler in zip(samplers, state["samplers"], strict=True):
+            sampler.set_state(saved_sampler)
         obs = envs.set_state(runs.to_numpy(state["envs"]))
         first, best, best_rate = state["iteration"] + 1, state["best"], state["best_rate"]
         for line in (out / "metrics.jsonl").read_text().splitlines():
@@ -476,6 +480,7 @@ def main():
                 "policy_optimizer": policy_optimizer.state_dict(),
                 "critic_optimizer": critic_optimizer.state_dict(),
                 "generator": generator.get_state(),
+                "samplers": torch.stack([sampler.get_state() for sampler in samplers]),
                 "envs": runs.to_tensors(envs.get_state()),
             },
             args.keep,
@@ -514,7 +519,7 @@ def main():
                 clock = time.time()
                 images, input_ids, mask = observe(obs)
                 tokens, log_probs, values = actor_critic.act(
-                    input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=generator
+                    input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=samplers
                 )
                 buffer.store_decision(
                     t, images.cpu(), input_ids.cpu(), mask.cpu(), tokens.cpu(), log_probs.cpu(), values.cpu()
@@ -558,6 +563,7 @@ def main():
                 last_values = (
                     actor_critic.value(*last_observation[1:], **{image_kind: last_observation[0]}).float().cpu()
                 )
+            curriculum.commit()
             rollout_time = time.time() - began
 
             # Reward = sparse + RPRM (section 3.4), then advantages.

@@ -309,9 +309,22 @@ def test_one_optimizer_step_per_minibatch_of_equal_parts():
     opts[0].register_step_post_hook(lambda *_: steps.append("policy"))
     opts[1].register_step_post_hook(lambda *_: steps.append("critic"))
     buffer = make_rollout(TinyActorCritic())
-    metrics = update(model, buffer, opts=opts, epochs=2, minibatch_size=5, micro_batch_size=2)
-    assert steps.count("policy") == steps.count("critic") == 2 * 3  # 12 samples in mini-batches of 5: three of 4
-    assert metrics["losses/policy_steps"] == 6 and sizes == [2, 2] * 6
+    metrics = update(model, buffer, opts=opts, epochs=2, minibatch_size=7, micro_batch_size=4)
+    assert steps.count("policy") == steps.count("critic") == 2 * 2  # 12 samples in mini-batches of 7: two of 6
+    assert metrics["losses/policy_steps"] == 4 and sizes == [4, 2] * 4
+
+
+@pytest.mark.parametrize("T, N, size", [(32, 16, 128), (7, 3, 5), (4, 6, 1), (1, 5, 2), (6, 1, 4)])
+def test_minibatches_hold_every_decision_once_and_every_environment_alike(T, N, size):
+    parts = ppo.minibatches(T, N, size, torch.Generator().manual_seed(1))
+    assert sorted(torch.cat(parts).tolist()) == list(range(T * N))
+    for part in parts:
+        assert len(torch.bincount(part % N, minlength=N).unique()) == 1
+    assert len(parts) == min(T, -(-T * N // size))
+    if T > 4:  # shuffled in time, and each environment in its own way
+        assert not torch.equal(torch.cat(parts), torch.arange(T * N))
+        order = torch.cat(parts).view(T, N) // N
+        assert N == 1 or not torch.equal(order[:, 0], order[:, 1])
 
 
 def test_first_ratio_is_one_and_a_mismatch_shows():
