@@ -33,7 +33,7 @@ from common import UserError, atomic_write, main_guard, parse_args, seed_everyth
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
     "tiny": dict(
-        total_steps=102_400,
+        total_steps=40_960,
         num_envs=16,
         num_steps=32,
         max_episode_steps=160,
@@ -153,11 +153,11 @@ class Args:
         choices=("sum", "potential", "none"),
     )
     # Measuring
-    eval_every: int = _flag(40, "iterations between evaluations; 0 = only at the end", min=0)
+    eval_every: int = _flag(20, "iterations between evaluations; 0 = only at the end", min=0)
     eval_temperature: Optional[float] = _sized("eval_temperature", "of sampling in evaluations; 0 = greedy", min=0)
     eval_episodes: int = _flag(100, "episodes per evaluation during training, spread over the tasks", min=1)
     final_episodes: int = _flag(500, "episodes of the final comparison of start and trained policy", min=0)
-    video_every: int = _flag(40, "iterations between rollout videos; 0 = none", min=0)
+    video_every: int = _flag(20, "iterations between rollout videos; 0 = none", min=0)
     keep: int = _flag(2, "checkpoints kept besides the best", min=1)
 
 
