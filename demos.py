@@ -55,7 +55,14 @@ class Args:
         default=0.08, metadata={"help": "probability per decision of a large random push, a recovery to learn from"}
     )
     resolution: int = field(default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"})
-    render: str = field(default="light", metadata={"help": "light or exact meshes", "choices": ["light", "exact"]})
+    render: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "simplified or exact meshes",
+            "default": "exact where a GPU renders, else light",
+            "choices": ["light", "exact"],
+        },
+    )
     num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core"})
     seed: int = field(default=0, metadata={"help": "seed of placements and disturbances"})
     check: bool = field(
@@ -429,7 +436,7 @@ def main():
 
     task_ids = sim.check_task_ids(args.suite, args.task_ids)
     if not args.check:
-        sim.check_egl()
+        args.render = args.render or sim.default_render()
         try:
             (Path(args.out) / args.suite).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -439,7 +446,7 @@ def main():
     # Neighbouring jobs are the same task's shares, so that both workers leave a task at about the same time.
     jobs = [(args, t, share, shares) for t in task_ids for share in range(shares)]
     results = {}
-    os.environ["OMP_NUM_THREADS"] = os.environ["LP_NUM_THREADS"] = "1"  # one software-GL thread per worker
+    os.environ["OMP_NUM_THREADS"], os.environ["LP_NUM_THREADS"] = "1", "0"  # Mesa draws in the calling thread (envs.py)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         bar = tqdm(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")

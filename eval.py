@@ -48,7 +48,8 @@ class Args:
     temperature: float = _flag(0.0, "of sampling; 0 picks the likeliest action token", min=0)
     whole_vocabulary: bool = _flag(False, "choose among all tokens, as officially, not only the 256 action tokens")
     seed: int = _flag(0, "of sampling at a temperature above 0", min=0)
-    render: str = _flag("light", "simplified meshes (fast) or LIBERO's own", choices=("light", "exact"))
+    render: str | None = _flag(None, "simplified meshes (fast) or LIBERO's own",
+                               default="exact where a GPU renders, else light", choices=("light", "exact"))
     device: str | None = _flag(None, "where the policy runs", default="cuda if there is one", choices=("cpu", "cuda"))
     dtype: str | None = _flag(None, "of the weights", default="bfloat16 on cuda, else float32",
                               choices=("float32", "bfloat16"))
@@ -302,6 +303,7 @@ def main():
     from policy import OpenVLA
 
     sim.check_task_ids(args.suite, args.task_ids)  # before the slow things
+    args.render = args.render or sim.default_render()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")

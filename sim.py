@@ -434,6 +434,15 @@ def check_egl():
     _gl_context()
 
 
+def default_render():
+    """"exact" where a GPU renders, "light" where the processor does it (Mesa's llvmpipe or softpipe)."""
+    from OpenGL.GL import GL_RENDERER, glGetString
+
+    _gl_context()
+    renderer = (glGetString(GL_RENDERER) or b"").decode(errors="replace").lower()
+    return "light" if any(name in renderer for name in ("llvmpipe", "softpipe", "swrast", "swr")) else "exact"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # A task and its episodes
 # --------------------------------------------------------------------------------------------------------------------

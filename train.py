@@ -95,7 +95,7 @@ class Args:
     max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
     num_workers: Optional[int] = _flag(None, "simulator processes", default="one per core", min=1)
     render: Optional[str] = _flag(
-        None, "simplified or exact meshes", default="light without a GPU, else exact", choices=("light", "exact")
+        None, "simplified or exact meshes", default="exact where a GPU renders, else light", choices=("light", "exact")
     )
     init_states: str = _flag(
         "random", "training episodes: random placements, or the test states", choices=("random", "protocol")
@@ -345,7 +345,7 @@ def main():
     sim.check_egl()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and size == "7B" else torch.float32
-    render = args.render or ("exact" if device == "cuda" else "light")
+    render = args.render or sim.default_render()
     seed_everything(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # mini-batch order
     # Action sampling: one generator per environment, so that no environment's luck depends on the others.
@@ -385,7 +385,7 @@ def main():
     print(
         f"VLA-RL  {args.suite}, tasks {','.join(map(str, args.task_ids))}\n"
         f"  policy     {args.model} ({size}: {reason}), {trainable:.2f} M adapter parameters on {args.lora_targets} layers, {device}\n"
-        f"  reward     sparse + {args.prm_weight} x RPRM ({args.prm_mode})   curriculum {args.curriculum}, tau {args.curriculum_tau}\n"
+        f"  reward     sparse{'' if reward_model is None else f' + {args.prm_weight} x RPRM ({args.prm_mode})'}   curriculum {args.curriculum}, tau {args.curriculum_tau}\n"
         f"  rollout    {args.num_envs} environments x {args.num_steps} decisions of {policy_base.action_repeat} control steps, "
         f"temperature {args.temperature}, episodes cut at {args.max_episode_steps} control steps, {render} rendering\n"
         f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g}, {args.epochs} epochs of mini-batches of "
