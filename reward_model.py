@@ -723,10 +723,10 @@ def roll(rprm, model, sim, episodes, limit, choose):
     """Run started episodes of one task in lockstep for at most `limit` decisions, scoring every step.
 
     choose(rows, input_ids, attention_mask, patch_embeddings) -> action tokens (n, 7), actions (n, 7) of the episodes
-    `rows`. model: the OpenVLA that `choose` uses. Returns one dict per episode: success, scores (T,), state_scores (T +
-    1,), progress (T + 1,), states (T), actions (T), frames (T).
+    `rows`. model: the OpenVLA that `choose` uses. rprm None: nothing is scored. Returns one dict per episode: success,
+    scores (T,), state_scores (T + 1,), progress (T + 1,), states (T), actions (T), frames (T).
     """
-    shared = rprm.shares_vision(model)
+    shared = rprm is None or rprm.shares_vision(model)
     progress = [TaskProgress(sim, episode.privileged()) for episode in episodes]
     names = ("scores", "state_scores", "progress", "states", "actions", "frames", "ee_pos", "gripper_states")
     runs = [{"success": False, **{name: [] for name in names}} for _ in episodes]
@@ -736,19 +736,20 @@ def roll(rprm, model, sim, episodes, limit, choose):
             break
         frames = np.stack([episodes[i].render() for i in rows])
         input_ids, attention_mask = model.tokenize([sim.instruction] * len(rows))
-        own = embed_frames(rprm.model, frames)
-        state_scores = rprm.score(input_ids, attention_mask, None, patch_embeddings=own)
-        for k, i in enumerate(rows):
-            state = episodes[i].privileged()
-            runs[i]["state_scores"].append(float(state_scores[k]))
-            runs[i]["progress"].append(progress[i](state))
+        own = embed_frames(model if rprm is None else rprm.model, frames)
+        for i in rows:
+            runs[i]["progress"].append(progress[i](episodes[i].privileged()))
+        if rprm is not None:
+            for i, score in zip(rows, rprm.score(input_ids, attention_mask, None, patch_embeddings=own), strict=True):
+                runs[i]["state_scores"].append(float(score))
         if step == limit:
             break
         tokens, actions = choose(rows, input_ids, attention_mask, own if shared else embed_frames(model, frames))
-        scores = rprm.score(input_ids, attention_mask, tokens, patch_embeddings=own)
+        if rprm is not None:
+            for i, score in zip(rows, rprm.score(input_ids, attention_mask, tokens, patch_embeddings=own), strict=True):
+                runs[i]["scores"].append(float(score))
         for k, i in enumerate(rows):
             run, state = runs[i], episodes[i].privileged()
-            run["scores"].append(float(scores[k]))
             run["states"].append(episodes[i].get_state())
             run["actions"].append(actions[k])
             run["frames"].append(frames[k])
@@ -813,17 +814,16 @@ def record_runs(directory, sim, runs, action_repeat):
             write_demos(path, demos, action_repeat, sim.instruction, suite=sim.suite, task_id=sim.task_id)
 
 
-def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, weight, gamma, seed, record=None):
-    """Roll the policy out and measure the reward model on it -> `report` dict.
+def policy_runs(rprm, model, suite, task_ids, *, episodes_per_task, temperature, seed, record=None):
+    """Yield (TaskSim, limit in decisions, finished runs of `roll`) per task, the policy acting from random placements.
 
-    From random placements, not from the 50 test states: recorded episodes may be used for training.
+    Not from the 50 test states: episodes that are recorded (HDF5 under `record`) may be used for training.
     """
-    from sim import TaskSim, max_steps
+    from sim import TaskSim, default_render, max_steps
 
     limit, generator = max_steps(suite) // model.action_repeat, torch.Generator().manual_seed(seed)
-    runs, hovers = [], []
-    for task_id in tqdm(task_ids, desc="evaluate", unit="task"):
-        sim = TaskSim(suite, task_id)
+    for task_id in tqdm(task_ids, desc="rolling out", unit="task"):
+        sim = TaskSim(suite, task_id, default_render())
         episodes = [sim.episode() for _ in range(episodes_per_task)]
         for i, episode in enumerate(episodes):
             episode.reset(None, np.random.default_rng([seed, task_id, i]))
@@ -834,14 +834,22 @@ def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, we
             return tokens, model.decode_actions(tokens, suite)
 
         done = roll(rprm, model, sim, episodes, limit, policy)
-        won = [run for run in done if run["success"]]
-        hovers += loiter(rprm, model, sim, won, limit, suite) if won else []
         if record:
             record_runs(record, sim, done, model.action_repeat)
         for run in done:
             del run["frames"]  # 200 kB each
-        runs += done
+        yield sim, limit, done
         sim.close()
+
+
+def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, weight, gamma, seed):
+    """Roll the policy out and measure the reward model on it -> `report` dict."""
+    runs, hovers = [], []
+    how = {"episodes_per_task": episodes_per_task, "temperature": temperature, "seed": seed}
+    for sim, limit, done in policy_runs(rprm, model, suite, task_ids, **how):
+        won = [run for run in done if run["success"]]
+        hovers += loiter(rprm, model, sim, won, limit, suite) if won else []
+        runs += done
     setting = {"suite": suite, "task_ids": list(task_ids), "temperature": temperature, "seed": seed}
     return {**setting, **report(runs, hovers, weight, gamma, CONTROL_HZ / model.action_repeat)}
 
@@ -994,9 +1002,20 @@ class EvaluateArgs:
     weight: float = flag(0.02, "--prm-weight of the RL run to check", min=0.0)
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
-    record: Path | None = flag(None, "directory for the episodes as HDF5 (success/, failure/): more data for train")
     device: str = flag("cpu", "torch device")
     seed: int = flag(0, "seed of the sampling", min=0)
+
+
+@dataclass
+class RecordArgs:
+    suite: str = flag("libero_object", "LIBERO suite to roll out on")
+    policy: str = flag("checkpoints/libero_object/policy", "policy checkpoint that acts")
+    out: Path = flag(Path("data/rollouts"), "directory; files go to OUT/success and OUT/failure, one a task")
+    task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
+    episodes_per_task: int = flag(45, "episodes per task, from random placements", min=1)
+    temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
+    device: str = flag("cpu", "torch device")
+    seed: int = flag(1, "seed of placements and sampling; take another one for `evaluate`", min=0)
 
 
 def label(trajectory, rule):
@@ -1123,10 +1142,22 @@ def run_evaluate(args):
     rprm = RewardModel.from_pretrained(args.rprm, device=args.device)
     model = OpenVLA.from_pretrained(args.policy, device=args.device)
     options = {name: getattr(args, name) for name in ("episodes_per_task", "temperature", "weight", "gamma", "seed")}
-    numbers = evaluate(rprm, model, args.suite, task_ids, record=args.record, **options)
+    numbers = evaluate(rprm, model, args.suite, task_ids, **options)
     print_report(numbers)
     if args.json:
         atomic_write(args.json, json.dumps(without_nan(numbers), indent=1))
+
+
+def run_record(args):
+    from sim import check_task_ids
+
+    task_ids = check_task_ids(args.suite, args.task_ids)
+    model = OpenVLA.from_pretrained(args.policy, device=args.device)
+    options = {name: getattr(args, name) for name in ("episodes_per_task", "temperature", "seed")}
+    won = total = 0
+    for _, _, done in policy_runs(None, model, args.suite, task_ids, record=args.out, **options):
+        won, total = won + sum(run["success"] for run in done), total + len(done)
+    print(f"{won} successes and {total - won} failures in {args.out}")
 
 
 @main_guard
@@ -1135,10 +1166,12 @@ def main(argv=None):
         "label": (LabelArgs, "pseudo labels of demonstrations: counts, and a plot per trajectory"),
         "train": (TrainArgs, "fine-tune the imitation policy into a reward model"),
         "score": (ScoreArgs, "scores of recorded trajectories"),
+        "record": (RecordArgs, "the policy's own successes and failures, as more data for train"),
         "evaluate": (EvaluateArgs, "checks in the simulator: progress, success against failure, loitering"),
     }
-    name, args = parse_command(commands, "RPRM: label, train, score, evaluate", argv)
-    {"label": run_label, "train": run_train, "score": run_score, "evaluate": run_evaluate}[name](args)
+    run = {"label": run_label, "train": run_train, "score": run_score, "record": run_record, "evaluate": run_evaluate}
+    name, args = parse_command(commands, "RPRM: label, train, score, record, evaluate", argv)
+    run[name](args)
 
 
 if __name__ == "__main__":

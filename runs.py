@@ -6,6 +6,8 @@ Nothing here is about the method; train.py stays readable without it. Three prom
   full disk at any moment leaves the previous state whole.
 * A line of metrics.jsonl is synced before the next iteration starts. Lines newer than the checkpoint are dropped at resume.
 * Ctrl-C and SIGTERM end a run between two decisions, never inside a write.
+
+    python runs.py --runs runs/rl-sum-seed0,runs/rl-none-seed0 --out comparison.png     # success of several runs in one plot
 """
 
 import json
@@ -14,10 +16,12 @@ import pickle
 import shutil
 import signal
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from common import UserError, atomic_write, sync_directory, wilson_interval
+from common import UserError, atomic_write, main_guard, parse_args, sync_directory, wilson_interval
 
 
 class Stop:
@@ -138,6 +142,81 @@ def plot_curve(lines, path, title):
     os.replace(temporary, path)
 
 
+def evaluations(run):
+    """[(decisions, successes, episodes), …] of a run directory, the final comparison included, and its config (dict)."""
+    run = Path(run)
+    try:
+        config = json.loads((run / "config.json").read_text())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as exc:
+        raise UserError(f"{run} is not a run directory of train.py ({type(exc).__name__}: {exc})") from exc
+    points = [
+        (m.get("eval/at", m["charts/decisions"]), m["eval/successes"], m["eval/episodes"])
+        for m in lines
+        if "eval/episodes" in m
+    ]
+    if (run / "results.json").exists():
+        results = json.loads((run / "results.json").read_text())
+        for where, decisions in (("start", 0), ("trained", lines[-1]["charts/decisions"])):
+            total = results[where]["total"]  # of more episodes than the evaluations on the way: it takes their place
+            points = [p for p in points if p[0] != decisions]
+            points.append((decisions, total["successes"], total["episodes"]))
+    return sorted(points), config
+
+
+def compare(runs, path):
+    """Success against decisions of several runs: one colour per --prm-mode, thin lines for seeds, thick for all of them.
+
+    Returns a Markdown table. The thick line pools the episodes of the seeds at each point where all of them were
+    evaluated, with Wilson 95 % intervals of the pooled count; these do not contain the spread between seeds, the thin
+    lines do.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups, table = {}, ["| RPRM | seed | decisions | success | 95 % interval | episodes |", "|---|---:|---:|---:|---|---:|"]
+
+    def row(mode, seed, d, k, n):
+        low, high = wilson_interval(k, n)
+        table.append(f"| {mode} | {seed} | {d:,} | {100 * k / n:.1f} % | {100 * low:.1f} to {100 * high:.1f} | {n} |")
+
+    for run in runs:
+        points, config = evaluations(run)
+        groups.setdefault(config["prm_mode"], []).append((config["seed"], points))
+    fig, ax = plt.subplots(figsize=(7, 4), dpi=130)
+    for colour, (mode, members) in enumerate(groups.items()):
+        style = dict(color=f"C{colour}")
+        for seed, points in sorted(members):
+            d, k, n = map(np.array, zip(*points, strict=True))
+            ax.plot(d, 100 * k / n, lw=0.8, alpha=0.6, **style)
+            for point in (points[0], points[-1]):
+                row(mode, seed, *point)
+        shared = set.intersection(*({p[0] for p in points} for _, points in members))
+        pooled = []
+        for d in sorted(shared):
+            found = [p for _, points in members for p in points if p[0] == d]
+            pooled.append((d, sum(p[1] for p in found), sum(p[2] for p in found)))
+        low, high = np.array([wilson_interval(k, n) for _, k, n in pooled]).T
+        d, k, n = map(np.array, zip(*pooled, strict=True))
+        bars = 100 * np.stack([k / n - low, high - k / n]).clip(0)
+        label = f"{'without RPRM' if mode == 'none' else f'with RPRM ({mode})'}, {len(members)} seeds"
+        ax.errorbar(d, 100 * k / n, yerr=bars, fmt="o-", ms=4, lw=2, capsize=3, label=label, **style)
+        if len(members) > 1:
+            for point in (pooled[0], pooled[-1]):
+                row(mode, "all", *point)
+    ax.set(xlabel="decisions", ylabel="success rate on test states (%)", ylim=(0, 100))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", fontsize=8)
+    fig.tight_layout()
+    temporary = Path(path).with_suffix(".tmp.png")
+    fig.savefig(temporary)
+    plt.close(fig)
+    os.replace(temporary, path)
+    return "\n".join(table)
+
+
 def write_video(path, frames, rewards, values, scores, ended, fps):
     """Rollout of one environment as mp4: decision, reward, value and RPRM score drawn on, the scores as a strip below."""
     import imageio
@@ -165,6 +244,34 @@ def write_video(path, frames, rewards, values, scores, ended, fps):
     temporary = path.with_suffix(".tmp.mp4")
     imageio.mimwrite(temporary, drawn, fps=fps, macro_block_size=None)
     os.replace(temporary, path)
+
+
+def before_after_gif(path, start, trained, side=192):
+    """The start policy (left) and the trained one on the same test state, side by side, as a GIF for a README.
+
+    start, trained: directories of eval.py's videos (task.._state.._success|failure.mp4). Of the states where the one
+    failed and the other succeeded, the first is shown; without such a state nothing is written. Returns whether it was.
+    """
+    import imageio
+    from PIL import Image
+
+    for failed in sorted(Path(start).glob("*_failure.mp4")):
+        won = Path(trained) / failed.name.replace("_failure", "_success")
+        if not won.exists():
+            continue
+        films = []
+        for film in (failed, won):
+            with imageio.get_reader(film) as reader:
+                fps = reader.get_meta_data()["fps"]
+                films.append([np.asarray(Image.fromarray(frame).resize((side, side))) for frame in reader])
+        length = max(map(len, films)) + 5  # the shorter film waits on its last picture
+        films = [film + [film[-1]] * (length - len(film)) for film in films]
+        pictures = [Image.fromarray(np.hstack(pair)).quantize(64) for pair in zip(*films, strict=True)]
+        temporary = Path(path).with_suffix(".tmp.gif")
+        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
+        os.replace(temporary, path)
+        return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -255,3 +362,19 @@ def before_after_table(rows):
         name = "all" if a["task_id"] is None else a["task_id"]
         lines.append(f"| {name} | {a['episodes']} | {cell(a)} | {cell(b)} | {a['instruction']} |")
     return "\n".join(lines)
+
+
+@dataclass
+class Args:
+    runs: list[str] = field(metadata={"help": "run directories of train.py, comma-separated"})
+    out: str = field(default="runs/comparison.png", metadata={"help": "PNG to write"})
+
+
+@main_guard
+def main():
+    args = parse_args(Args, "Compare finished runs: one plot, and a table of their first and last evaluations.")
+    print(compare(args.runs, args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -197,41 +197,24 @@ def choose_model(args):
 
 
 def make_from_scratch(args, root):
-    """The three commands that make openvla-tiny's checkpoints, run one after the other."""
+    """The commands that make openvla-tiny's checkpoints, run one after the other; returns (policy, reward model)."""
     tasks = [] if args.task_ids is None else ["--task-ids", ",".join(map(str, args.task_ids))]
-    here = Path(__file__).resolve().parent
-    for command in (
-        ["demos.py", "--suite", args.suite, *tasks, "--out", str(root / "data"), "--seed", str(args.seed)],
-        [
-            "sft.py",
-            "--suite",
-            args.suite,
-            "--data",
-            str(root / "data"),
-            "--out",
-            str(root / "policy"),
-            "--seed",
-            str(args.seed),
-        ],
-        [
-            "reward_model.py",
-            "train",
-            "--suite",
-            args.suite,
-            "--demos",
-            str(root / "data" / args.suite),
-            "--policy",
-            str(root / "policy"),
-            "--out",
-            str(root / "rprm"),
-            "--seed",
-            str(args.seed),
-        ],
-    ):
+    data, rollouts, policy, rprm = root / "data", root / "rollouts", root / "policy", root / "rprm"
+
+    def script(*command, seed=args.seed):
+        command = [*map(str, command), "--suite", args.suite, "--seed", str(seed)]
         print("\n$ python " + " ".join(command), flush=True)
-        if code := subprocess.run([sys.executable, str(here / command[0]), *command[1:]]).returncode:
+        path = Path(__file__).resolve().parent / command[0]
+        if code := subprocess.run([sys.executable, str(path), *command[1:]]).returncode:
             raise UserError(f"`python {' '.join(command)}` failed with exit code {code}")
-    return str(root / "policy"), str(root / "rprm")
+
+    script("demos.py", *tasks, "--out", data)
+    script("sft.py", "--data", data, "--out", policy)
+    script("reward_model.py", "record", *tasks, "--policy", policy, "--out", rollouts, seed=args.seed + 1)
+    both = (("--successes", rollouts / "success"), ("--failures", rollouts / "failure"))
+    more = [x for flag, directory in both if directory.is_dir() for x in (flag, directory)]  # there may be none of a kind
+    script("reward_model.py", "train", "--demos", data / args.suite, *more, "--policy", policy, "--out", rprm)
+    return str(policy), str(rprm)
 
 
 def resolve(args):
@@ -407,7 +390,7 @@ def main():
     )
     stop = runs.Stop()
 
-    def measure(model, episodes):
+    def measure(model, episodes, video_dir=None):
         per_task = max(1, min(50, episodes // len(args.task_ids)))
         return evaluate(
             model,
@@ -419,6 +402,8 @@ def main():
             temperature=args.eval_temperature,
             whole_vocabulary=args.whole_vocabulary,
             seed=args.seed,
+            video=int(video_dir is not None),
+            video_dir=video_dir,
             progress=sys.stderr.isatty(),
         )
 
@@ -643,7 +628,8 @@ def main():
             rows = {}
             start_policy = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
             for name, model in (("start", start_policy), ("trained", trained)):
-                rows[name] = measure(model, args.final_episodes).to_dict()
+                rows[name] = measure(model, args.final_episodes, out / "videos" / name).to_dict()
+            runs.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
             print(runs.before_after_table(rows), flush=True)
             total = rows["trained"]["total"]

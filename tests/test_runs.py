@@ -1,0 +1,69 @@
+"""What a run leaves behind: the film before / after, and the comparison of several runs."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runs
+from common import UserError, wilson_interval
+from eval import _write_video
+
+
+def film(directory, task, success, length, grey):
+    frames = [np.full((256, 256, 3), grey, np.uint8)] * length
+    _write_video(directory, frames, {"task_id": task, "init_state": 0, "success": success, "steps": 4 * length}, 4)
+
+
+def test_before_after_shows_the_state_that_was_lost_and_is_won(tmp_path):
+    for task, lost, won in ((0, False, False), (1, True, True), (2, False, True)):  # only task 2 changed sides
+        film(tmp_path / "start", task, lost, 9, 40 + 20 * task)
+        film(tmp_path / "trained", task, won, 5, 140 + 20 * task)
+    path = tmp_path / "both.gif"
+    assert runs.before_after_gif(path, tmp_path / "start", tmp_path / "trained", side=64)
+    with Image.open(path) as gif:
+        assert gif.size == (128, 64) and gif.n_frames > 1
+        gif.seek(0)
+        picture = np.asarray(gif.convert("L"), int)
+        assert abs(picture[40:, :64].mean() - 80) < 8 and abs(picture[40:, 64:].mean() - 180) < 8
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_without_such_a_state_there_is_no_film(tmp_path):
+    film(tmp_path / "start", 0, True, 4, 90)
+    film(tmp_path / "trained", 0, True, 4, 90)
+    assert not runs.before_after_gif(tmp_path / "both.gif", tmp_path / "start", tmp_path / "trained")
+    assert not (tmp_path / "both.gif").exists()
+
+
+def a_run(directory, mode, seed, points, final):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"prm_mode": mode, "seed": seed}))
+    lines = []
+    for i, (at, k, n) in enumerate(points):
+        lines.append({"iteration": i + 1, "charts/decisions": at or 512, "eval/successes": k, "eval/episodes": n})
+        if at == 0:
+            lines[-1]["eval/at"] = 0
+    lines.append({"iteration": 9, "charts/decisions": 2048})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    totals = {name: {"total": {"successes": k, "episodes": n}} for name, (k, n) in final.items()}
+    (directory / "results.json").write_text(json.dumps(totals))
+    return str(directory)
+
+
+def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path):
+    a = a_run(tmp_path / "a", "sum", 0, [(0, 4, 10), (1024, 6, 10)], {"start": (20, 50), "trained": (40, 50)})
+    b = a_run(tmp_path / "b", "sum", 1, [(0, 5, 10), (1024, 7, 10)], {"start": (30, 50), "trained": (45, 50)})
+    c = a_run(tmp_path / "c", "none", 0, [(0, 5, 10)], {"start": (25, 50), "trained": (26, 50)})
+    assert runs.evaluations(a)[0] == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
+    table = runs.compare([a, b, c], tmp_path / "plot.png")
+    low, high = wilson_interval(85, 100)
+    assert f"| sum | all | 2,048 | 85.0 % | {100 * low:.1f} to {100 * high:.1f} | 100 |" in table
+    assert "| none | 0 | 0 | 50.0 % |" in table and "| none | all |" not in table
+    assert Image.open(tmp_path / "plot.png").width > 500
+
+
+def test_not_a_run_directory_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        runs.evaluations(tmp_path)
