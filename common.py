@@ -329,6 +329,19 @@ def require_system_libraries():
         raise UserError(f"no {', '.join(missing)} here; on Debian or Ubuntu: sudo apt-get install {DEBIAN_PACKAGES}")
 
 
+def progress_bar(*args, **kwargs):
+    """tqdm's bar: alive in a terminal; in a pipe or a log file, where it cannot redraw itself, a word every half minute.
+
+    Bars inside bars (`leave=False`) are for terminals only.
+    """
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        kwargs = {"mininterval": 30.0, "maxinterval": 30.0, "dynamic_ncols": False, **kwargs}
+        kwargs["disable"] = kwargs.get("disable", False) or not kwargs.get("leave", True)
+    return tqdm(*args, **kwargs)
+
+
 def silence_third_party():
     """Import robosuite and LIBERO without their noise. Call once per process, instead of the first `import libero`.
 

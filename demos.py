@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, main_guard, parse_args, safe_name, wilson_interval
+from common import UserError, main_guard, parse_args, progress_bar, safe_name, wilson_interval
 
 METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
 GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z
@@ -449,7 +449,7 @@ def main():
     os.environ["OMP_NUM_THREADS"], os.environ["LP_NUM_THREADS"] = "1", "0"  # Mesa draws in the calling thread (envs.py)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        bar = tqdm(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")
+        bar = progress_bar(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")
         for task_id, result in pool.imap_unordered(_work, jobs):
             results.setdefault(task_id, []).append(result)
             bar.update()

@@ -45,7 +45,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, progress_bar
 
 RESOLUTION = 256
 NUM_INIT_STATES = 50  # of every LIBERO task
@@ -573,7 +573,7 @@ class LiberoVecEnv(VectorEnv):
     def _build(self, tasks, progress):
         """Start all workers; each compiles the tasks that fit into its pool."""
         total = len(tasks) * len(self._workers)
-        bar = tqdm(total=total, desc=f"building {self.suite}", unit="task", disable=not progress, leave=False)
+        bar = progress_bar(total=total, desc=f"building {self.suite}", unit="task", disable=not progress)
         try:
             for handle in self._workers:
                 self._spawn(handle)

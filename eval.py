@@ -26,9 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import UserError, atomic_write, main_guard, parse_args, safe_name, wilson_interval
+from common import UserError, atomic_write, main_guard, parse_args, progress_bar, safe_name, wilson_interval
 from envs import NUM_INIT_STATES, LiberoVecEnv
 
 # torch, policy and sim are imported where they are used: they take seconds, and `--help` should not.
@@ -166,7 +165,7 @@ def _decide(model, temperature, whole_vocabulary, frames, instructions, generato
 def _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progress):
     """Play every (task, initial state) of `queue` and append what happened to `result.episodes`."""
     n, known = envs.num_envs, len(result.episodes)
-    bar = tqdm(total=known + len(queue), initial=known, desc=f"evaluating {result.suite}", unit="episode",
+    bar = progress_bar(total=known + len(queue), initial=known, desc=f"evaluating {result.suite}", unit="episode",
                disable=not progress, leave=False)
     playing = [queue.popleft() if queue else (None, None) for _ in range(n)]  # per slot: (task, initial state)
     tasks, inits = zip(*playing, strict=True)

@@ -33,9 +33,8 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from common import UserError, atomic_write, main_guard, parse_command, safe_name
+from common import UserError, atomic_write, main_guard, parse_command, progress_bar, safe_name
 from demos import demo_files, demo_path, read_demos, write_demos
 from policy import ACTION_DIM, OpenVLA
 
@@ -640,7 +639,7 @@ def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_drop
 
     history = [{"epoch": 0, **measure(model, held_out)}]
     best, best_weights = history[0], None
-    with tqdm(total=epochs * steps, desc="RPRM", unit="step", mininterval=1.0) as bar:
+    with progress_bar(total=epochs * steps, desc="RPRM", unit="step") as bar:
         for epoch in range(1, epochs + 1):
             for rows in torch.multinomial(weights, steps * batch_size, True, generator=generator).split(batch_size):
                 batch = train.select(rows)
@@ -730,7 +729,7 @@ def roll(rprm, model, sim, episodes, limit, choose):
     progress = [TaskProgress(sim, episode.privileged()) for episode in episodes]
     names = ("scores", "state_scores", "progress", "states", "actions", "frames", "ee_pos", "gripper_states")
     runs = [{"success": False, **{name: [] for name in names}} for _ in episodes]
-    for step in tqdm(range(limit + 1), desc=f"task {sim.task_id}", unit="decision", leave=False, mininterval=1.0):
+    for step in progress_bar(range(limit + 1), desc=f"task {sim.task_id}", unit="decision", leave=False):
         rows = [i for i, run in enumerate(runs) if not run["success"]]
         if not rows:
             break
@@ -822,7 +821,7 @@ def policy_runs(rprm, model, suite, task_ids, *, episodes_per_task, temperature,
     from sim import TaskSim, default_render, max_steps
 
     limit, generator = max_steps(suite) // model.action_repeat, torch.Generator().manual_seed(seed)
-    for task_id in tqdm(task_ids, desc="rolling out", unit="task"):
+    for task_id in progress_bar(task_ids, desc="rolling out", unit="task"):
         sim = TaskSim(suite, task_id, default_render())
         episodes = [sim.episode() for _ in range(episodes_per_task)]
         for i, episode in enumerate(episodes):
@@ -946,6 +945,7 @@ _RULE = LabelRule()
 class RuleArgs:
     demos: Path = flag(Path("data/libero_object"), "HDF5 file in LIBERO's layout, or a directory of them")
     limit: int | None = flag(None, "at most this many trajectories of each file", min=1)
+    skip: int = flag(0, "leave out so many at the start of each file, such as those that the reward model learnt from", min=0)
     gripper_change: float = flag(_RULE.gripper_change, "smallest swing of the gripper that ends a segment, m", min=1e-4)
     gripper_still: float = flag(_RULE.gripper_still, "fingers slower than this have stopped, m/s", min=1e-4)
     slip: float = flag(_RULE.slip, "a gripper change that is taken back within so many seconds is none", min=0.0)
@@ -1030,11 +1030,11 @@ def action_tokens_of(model, actions, unnorm_key):
     return torch.from_numpy(model.encode_actions(policy_actions, unnorm_key))
 
 
-def read_trajectories(path, limit=None, success=True):
+def read_trajectories(path, limit=None, success=True, skip=0):
     """Demonstrations or recorded rollouts of a file, or of all files in a directory, as dicts: `demos.read_demos` plus
     `frames` (its `agentview`), `success` as given, and `disturbed` (bool: the file also holds what was executed)."""
     for file in demo_files(path):
-        for demo in itertools.islice(read_demos(file), limit):
+        for demo in itertools.islice(read_demos(file), skip, None if limit is None else skip + limit):
             with h5py.File(file, "r") as handle:
                 disturbed = "executed_actions" in handle["data"][demo["name"]]
             name = f"{Path(file).stem}_{demo['name']}"
@@ -1043,7 +1043,7 @@ def read_trajectories(path, limit=None, success=True):
 
 def run_label(args):
     rule, summary = args.rule(), LabelSummary()
-    for trajectory in read_trajectories(args.demos, args.limit):
+    for trajectory in read_trajectories(args.demos, args.limit, skip=args.skip):
         result = label(trajectory, rule)
         summary.add(result)
         if args.plot:
@@ -1075,13 +1075,13 @@ def run_train(args):
     verdict_token_ids(model)
 
     def trajectories():
-        yield from read_trajectories(args.demos, args.limit)
+        yield from read_trajectories(args.demos, args.limit, skip=args.skip)
         if args.successes:
             yield from read_trajectories(args.successes, args.limit)
         if args.failures:
             yield from read_trajectories(args.failures, args.limit, success=False)
 
-    bar = tqdm(trajectories(), desc="label and embed", unit="trajectory")
+    bar = progress_bar(trajectories(), desc="label and embed", unit="trajectory")
     examples = make_examples(model, bar, rule, args.suite, summary)
     print(summary)
     held_out = split(examples, args.held_out, args.seed)
@@ -1116,7 +1116,8 @@ def run_score(args):
         judge = StockVLM.from_pretrained(args.vlm, device=args.device)
     else:
         judge = RewardModel.from_pretrained(args.rprm, device=args.device)
-    for trajectory in tqdm(read_trajectories(args.demos, args.limit), desc="score", unit="trajectory"):
+    found = read_trajectories(args.demos, args.limit, skip=args.skip)
+    for trajectory in progress_bar(found, desc="score", unit="trajectory"):
         result = label(trajectory, rule)
         summary.add(result)
         if args.vlm:

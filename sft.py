@@ -17,7 +17,6 @@ Held-out loss and action accuracy are measured on whole demonstrations that were
 
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import demos
-from common import UserError, atomic_write, main_guard, parse_args, seed_everything
+from common import UserError, atomic_write, main_guard, parse_args, progress_bar, seed_everything
 from policy import OpenVLA, build_tiny, crop_and_normalize, resize_frames
 
 
@@ -113,7 +112,7 @@ class Dataset:
         images, actions, instruction, demo_index, self.instructions = [], [], [], [], []
         files = demos.demo_files(path)
         count = 0
-        for file in tqdm(files, desc="loading demonstrations", unit="file"):
+        for file in progress_bar(files, desc="loading demonstrations", unit="file"):
             for k, demo in enumerate(demos.read_demos(file)):
                 if max_demos and k >= max_demos:
                     break
@@ -244,8 +243,7 @@ def train(args, model, data, out):
         tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()))
 
     running, start = float("nan"), time.time()
-    pause = 0.2 if sys.stderr.isatty() else 30.0  # seconds between updates of the bar; a pipe or a log wants few lines
-    bar = tqdm(range(1, args.steps + 1), desc="sft", unit="step", mininterval=pause)
+    bar = progress_bar(range(1, args.steps + 1), desc="sft", unit="step")
     for step in bar:
         scale = min(1.0, step / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
