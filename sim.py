@@ -170,6 +170,7 @@ def _stock_solves(model, data, n):
 # Three triangles for four pixels of a mesh's bounding circle on the 256 px image, and never fewer than MIN_FACES.
 # Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained (README, "Environments").
 FACES_PER_PIXEL = 0.75
+PLAIN_FACES_PER_PIXEL = 0.3  # without texture: the robot and its mount, smooth shapes that fewer faces describe
 MIN_FACES = 60
 # Software OpenGL spends half of a picture on LIBERO's 4 samples per pixel. A plain picture of 352 px, averaged down to 256,
 # costs little more than a plain one of 256 and is 1 to 3 dB closer to `exact`.
@@ -229,21 +230,25 @@ def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
 
 
 def _write_mesh(model, i, vert, face, normal, uv):
-    """Overwrite mesh `i` of a render-only model copy with a smaller mesh. Returns False where it does not fit."""
+    """Overwrite mesh `i` of a render-only model copy with a smaller mesh. Returns False where it does not fit.
+
+    Corners share normals and texture coordinates where the original's did: those are all the original's, so the distinct
+    ones always fit into its place.
+    """
     n = len(face)
-    corners = np.arange(3 * n, dtype=np.int32).reshape(n, 3)
-    if len(vert) > model.mesh_vertnum[i] or 3 * n > model.mesh_normalnum[i]:
+    if len(vert) > model.mesh_vertnum[i]:
         return False
-    if uv is not None and 3 * n > model.mesh_texcoordnum[i]:
-        return False
-    va, fa, na, ta = model.mesh_vertadr[i], model.mesh_faceadr[i], model.mesh_normaladr[i], model.mesh_texcoordadr[i]
+    va, fa = model.mesh_vertadr[i], model.mesh_faceadr[i]
     model.mesh_vert[va : va + len(vert)] = vert
     model.mesh_face[fa : fa + n] = face
-    model.mesh_normal[na : na + 3 * n] = normal.reshape(-1, 3)
-    model.mesh_facenormal[fa : fa + n] = corners
-    if uv is not None:
-        model.mesh_texcoord[ta : ta + 3 * n] = uv.reshape(-1, 2)
-        model.mesh_facetexcoord[fa : fa + n] = corners
+    for values, start, array, index in (
+        (normal, model.mesh_normaladr[i], model.mesh_normal, model.mesh_facenormal),
+        (uv, model.mesh_texcoordadr[i], model.mesh_texcoord, model.mesh_facetexcoord),
+    ):
+        if values is not None:
+            distinct, corners = np.unique(values.reshape(3 * n, -1), axis=0, return_inverse=True)
+            array[start : start + len(distinct)] = distinct
+            index[fa : fa + n] = corners.reshape(n, 3)
     model.mesh_facenum[i] = n
     return True
 
@@ -262,7 +267,7 @@ def _cache_version():
             found.append(f"{name}={version(name)}")
         except PackageNotFoundError:
             found.append(name)
-    return ";".join(found) + f";{FACES_PER_PIXEL};{MIN_FACES};{DECIMATION_AGGRESSIVENESS}"
+    return ";".join(found) + f";{MIN_FACES};{DECIMATION_AGGRESSIVENESS}"
 
 
 def _decimate_cached(key, arrays, target):
@@ -334,7 +339,8 @@ def light_model(model, data, image_size=256):
         if diameter[i] == 0.0:
             light.mesh_facenum[i] = 0  # never drawn: nothing to upload
             continue
-        target = max(MIN_FACES, int(FACES_PER_PIXEL * np.pi / 4 * diameter[i] ** 2))
+        per_pixel = FACES_PER_PIXEL if model.mesh_texcoordadr[i] >= 0 else PLAIN_FACES_PER_PIXEL
+        target = max(MIN_FACES, int(per_pixel * np.pi / 4 * diameter[i] ** 2))
         if model.mesh_facenum[i] <= target:
             continue
         v = slice(model.mesh_vertadr[i], model.mesh_vertadr[i] + model.mesh_vertnum[i])
