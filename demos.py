@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, main_guard, parse_args, safe_name, wilson_interval
+from common import UserError, die_with_parent, main_guard, parse_args, safe_name, wilson_interval
 
 METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
 GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z
@@ -254,6 +254,11 @@ def _task_sim(suite, task_id, render, resolution=256):
     return _SIM[key]
 
 
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    die_with_parent()
+
+
 def _work(job):
     """Worker: a share of one task's demonstrations (written to a part file) or of its test states."""
     args, task_id, share, shares = job
@@ -441,7 +446,7 @@ def main():
     results = {}
     os.environ["OMP_NUM_THREADS"] = os.environ["LP_NUM_THREADS"] = "1"  # one software-GL thread per worker
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with context.Pool(workers, initializer=_start_worker) as pool:
         bar = tqdm(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")
         for task_id, result in pool.imap_unordered(_work, jobs):
             results.setdefault(task_id, []).append(result)

@@ -106,13 +106,13 @@ class EvalResult:
 
 
 def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=0.0,
-             whole_vocabulary=False, seed=0, render="light", envs=None, finished=(), on_episode=None, video=0,
-             video_dir=None, progress=True):
+             whole_vocabulary=False, seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None,
+             video=0, video_dir=None, progress=True):
     """Run protocol states 0 to episodes_per_task - 1 of every task. Returns EvalResult.
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
     afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier
-    call to keep. on_episode(episode): called as each one ends. video: record the first so many initial states.
+    call to keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first so many initial states.
     """
     import sim
 
@@ -136,7 +136,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
                         f"the evaluation wants {suite} with {model.action_repeat}")
     decide = functools.partial(_decide, model, temperature, whole_vocabulary)
     with ready:
-        _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progress)
+        _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress)
     return result
 
 
@@ -162,7 +162,7 @@ def _decide(model, temperature, whole_vocabulary, frames, instructions, generato
     return model.decode_actions(tokens, suite)
 
 
-def _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progress):
+def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress):
     """Play every (task, initial state) of `queue` and append what happened to `result.episodes`."""
     n, known = envs.num_envs, len(result.episodes)
     bar = tqdm(total=known + len(queue), initial=known, desc=f"evaluating {result.suite}", unit="episode",
@@ -208,6 +208,8 @@ def _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progr
             for i in np.flatnonzero(info["started"]).tolist():
                 queue.remove(offers[i])
                 playing[i], sampler[i] = offers[i], _generator(seed, offers[i])
+            if on_step:
+                on_step()
 
 
 def _generator(seed, episode):
