@@ -20,6 +20,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import json
 import logging
 import math
 import os
@@ -288,6 +289,17 @@ def atomic_write(path, data):
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict. Raises UserError for anything else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no text
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
 
 
 def sync_directory(directory):

@@ -56,8 +56,10 @@ class Args:
     )
     resolution: int = field(default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"})
     render: str = field(default="light", metadata={"help": "light or exact meshes", "choices": ["light", "exact"]})
-    num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core"})
-    seed: int = field(default=0, metadata={"help": "seed of placements and disturbances"})
+    num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core", "min": 0})
+    seed: int = field(
+        default=0, metadata={"help": "seed of placements and disturbances", "min": 0, "max": 2**32 - 1}
+    )
     check: bool = field(
         default=False, metadata={"help": "record nothing; report the undisturbed expert on the 50 test states"}
     )
@@ -384,32 +386,50 @@ def read_demos(path, images=True):
             data = f["data"]
             instruction = _instruction(data, path)
             action_repeat = int(data.attrs.get("action_repeat", 1))
+            if not 1 <= action_repeat <= 1000:
+                raise ValueError(f"action_repeat is {action_repeat}")
             names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.split("_")[1]))
             if not names:
                 raise UserError(f"{path} holds no demonstrations (no data/demo_* groups)")
             for name in names:
                 g = data[name]
                 obs = g["obs"]
+                steps = len(_numbers(g["actions"], None, 7))
+                ee_pos = _numbers(obs["ee_pos"], steps, 3) if "ee_pos" in obs else _numbers(obs["ee_states"], steps, 6)
                 demo = dict(
-                    actions=np.asarray(g["actions"], np.float64),
+                    actions=_numbers(g["actions"], steps, 7).astype(np.float64),
                     instruction=instruction,
                     action_repeat=action_repeat,
                     name=name,
                     file=str(path),
-                    gripper_states=np.asarray(obs["gripper_states"]),
-                    ee_pos=np.asarray(obs["ee_pos"] if "ee_pos" in obs else obs["ee_states"][:, :3]),
+                    gripper_states=_numbers(obs["gripper_states"], steps, 2),
+                    ee_pos=ee_pos[:, :3],
                 )
                 if "states" in g:
-                    demo["states"] = np.asarray(g["states"])
+                    demo["states"] = _numbers(g["states"], steps, None)
                 if images:
-                    demo["agentview"] = np.ascontiguousarray(np.asarray(obs["agentview_rgb"])[:, ::-1, ::-1])
-                if demo["actions"].ndim != 2 or demo["actions"].shape[1] != 7:
-                    raise UserError(f"{path} {name}: actions have shape {demo['actions'].shape}, expected (T, 7)")
+                    pictures = obs["agentview_rgb"]
+                    side = pictures.shape[1]
+                    if pictures.shape != (steps, side, side, 3) or pictures.dtype != np.uint8 or not 16 <= side <= 2048:
+                        raise ValueError(f"agentview_rgb is {pictures.dtype} {pictures.shape} beside {steps} actions")
+                    demo["agentview"] = np.ascontiguousarray(np.asarray(pictures)[:, ::-1, ::-1])
                 yield demo
-    except (OSError, KeyError, ValueError, RuntimeError) as exc:
+    # h5py raises nearly every kind for damaged bytes.
+    except (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError) as exc:
         raise UserError(
             f"cannot read demonstrations from {path}: {exc} (truncated, or not LIBERO's HDF5 layout?)"
         ) from exc
+
+
+def _numbers(dataset, steps, width):
+    """(steps, width) finite numbers of an HDF5 dataset; None: any number of them. Raises ValueError."""
+    rows, columns = dataset.shape  # an AttributeError or ValueError for what is no table
+    if dataset.dtype.kind not in "fiu" or steps not in (None, rows) or width not in (None, columns) or not rows:
+        raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, expected ({steps or 'T'}, {width or 'any'})")
+    values = np.asarray(dataset)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{dataset.name} is not finite")
+    return values
 
 
 def _instruction(data, path):

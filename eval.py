@@ -47,7 +47,7 @@ class Args:
     num_envs: int = _flag(8, "episodes that run at the same time", min=1)
     temperature: float = _flag(0.0, "of sampling; 0 picks the likeliest action token", min=0)
     whole_vocabulary: bool = _flag(False, "choose among all tokens, as officially, not only the 256 action tokens")
-    seed: int = _flag(0, "of sampling at a temperature above 0", min=0)
+    seed: int = _flag(0, "of sampling at a temperature above 0", min=0, max=2**32 - 1)
     render: str = _flag("light", "simplified meshes (fast) or LIBERO's own", choices=("light", "exact"))
     device: str | None = _flag(None, "where the policy runs", default="cuda if there is one", choices=("cpu", "cuda"))
     dtype: str | None = _flag(None, "of the weights", default="bfloat16 on cuda, else float32",
@@ -277,8 +277,11 @@ class EpisodeLog:
         self.file.truncate(len(whole))
         try:
             header, *self.episodes = [json.loads(line) for line in whole.splitlines()] or [None]
-            found = header["settings"] if header else None
-        except (ValueError, TypeError, KeyError):
+            found = dict(header["settings"]) if header else None
+            for episode in self.episodes:
+                if not isinstance(episode, dict) or not {"task_id", "init_state", "success", "steps"} <= episode.keys():
+                    raise ValueError(episode)
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path} is not a log of episodes; move it away or choose another --out") from None
         if header is None:
             self.append({"settings": settings})

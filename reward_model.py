@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, atomic_write, main_guard, parse_command, safe_name
+from common import UserError, atomic_write, main_guard, parse_command, read_json, safe_name
 from demos import demo_files, demo_path, read_demos, write_demos
 from policy import ACTION_DIM, OpenVLA
 
@@ -414,7 +414,7 @@ class RewardModel:
         info = Path(directory) / "rprm.json"
         if not info.is_file():
             raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give the --out of `train`")
-        return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), json.loads(info.read_text()))
+        return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), read_json(info))
 
     @torch.no_grad()
     def score(self, input_ids, attention_mask, action_tokens=None, *, pixel_values=None, patch_embeddings=None):
@@ -501,11 +501,13 @@ class StockVLM:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
         try:
-            tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+            own = dict(trust_remote_code=False)  # never code that came with the weights
+            tokenizer = AutoTokenizer.from_pretrained(path, **own)
+            image_processor = AutoImageProcessor.from_pretrained(path, **own)
             # transformers builds a Qwen-VL processor only where torchvision is installed (for video). One image needs a
             # tokenizer, an image processor and the line of code in `_inputs`; every other family comes as a whole.
-            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
+            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path, **own)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **own).to(device)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"no vision-language model at {path}: {error}") from error
         return cls(model, tokenizer, image_processor, processor)
@@ -970,7 +972,7 @@ class TrainArgs(RuleArgs):
     held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
     whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, not over the two verdicts that the score compares")
     device: str = flag("cpu", "torch device")
-    seed: int = flag(0, "seed of the split and of the batches", min=0)
+    seed: int = flag(0, "seed of the split and of the batches", min=0, max=2**32 - 1)
 
 
 @dataclass
@@ -996,7 +998,7 @@ class EvaluateArgs:
     json: Path | None = flag(None, "file for the report")
     record: Path | None = flag(None, "directory for the episodes as HDF5 (success/, failure/): more data for train")
     device: str = flag("cpu", "torch device")
-    seed: int = flag(0, "seed of the sampling", min=0)
+    seed: int = flag(0, "seed of the sampling", min=0, max=2**32 - 1)
 
 
 def label(trajectory, rule):

@@ -28,7 +28,7 @@ from typing import Optional
 import numpy as np
 
 import runs
-from common import UserError, atomic_write, main_guard, parse_args, parse_settings, seed_everything
+from common import UserError, atomic_write, main_guard, parse_args, parse_settings, read_json, seed_everything
 
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
@@ -87,11 +87,11 @@ class Args:
     from_scratch: bool = _flag(False, "make openvla-tiny's policy and RPRM first (demos.py, sft.py, reward_model.py)")
     resume: Optional[str] = _flag(None, "run directory to continue; its own settings are used", default="none")
     out: Optional[str] = _flag(None, "run directory", default="runs/SUITE-seedSEED")
-    seed: int = _flag(0, "seed of everything", min=0)
+    seed: int = _flag(0, "seed of everything", min=0, max=2**32 - 1)
     # How much
     total_steps: Optional[int] = _sized("total_steps", "decisions in total, over all environments", min=1)
-    num_envs: Optional[int] = _sized("num_envs", "environments N", min=1)
-    num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1)
+    num_envs: Optional[int] = _sized("num_envs", "environments N", min=1, max=10_000)
+    num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1, max=100_000)
     max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
     num_workers: Optional[int] = _flag(None, "simulator processes", default="one per core", min=1)
     worker_timeout: float = _flag(
@@ -126,7 +126,7 @@ class Args:
         None, "stop a policy update beyond this KL of a mini-batch", default="off", min=0
     )
     # Model
-    lora_rank: int = _flag(32, "rank of the adapters", min=1)
+    lora_rank: int = _flag(32, "rank of the adapters", min=1, max=4096)
     lora_alpha: int = _flag(16, "their scale is alpha / rank", min=1)
     lora_targets: Optional[str] = _sized(
         "lora_targets",
@@ -185,7 +185,7 @@ def choose_model(args):
         return str(tiny), "tiny", "asked for"
     if args.model != "auto":
         config = Path(args.model) / "config.json"
-        small = config.is_file() and "vision_configs" in json.loads(config.read_text())
+        small = config.is_file() and "vision_configs" in read_json(config)
         return args.model, "tiny" if small else "7B", "asked for"
     if not torch.cuda.is_available():
         return str(tiny), "tiny", "no GPU"
@@ -306,11 +306,7 @@ def main():
     resumed = args.resume is not None
     if resumed:
         out = Path(args.resume)
-        try:
-            saved = json.loads((out / "config.json").read_text())
-        except (OSError, ValueError, RecursionError) as exc:
-            raise UserError(f"cannot resume {out}: no readable config.json there ({type(exc).__name__})") from exc
-        args = parse_settings(Args, saved, out / "config.json")
+        args = parse_settings(Args, read_json(out / "config.json"), out / "config.json")
     else:
         out = Path(args.out or f"runs/{args.suite}-seed{args.seed}")
         args.out = str(out)

@@ -85,13 +85,13 @@ def _start(command):
 
 def _finish(command, code=0):
     run = _start(command)
-    stdout, stderr = run.communicate(timeout=600)
+    stdout, stderr = run.communicate(timeout=800)
     assert run.returncode == code, stderr
     return stdout, stderr
 
 
 def _wait_for_iteration(out, n, run):
-    deadline = time.time() + 300
+    deadline = time.time() + 800
     while time.time() < deadline and run.poll() is None:
         if (out / "checkpoints" / f"{n:06d}").is_dir():
             return
