@@ -448,7 +448,7 @@ def main():
             critic_optimizer.load_state_dict(state["critic_optimizer"])
             generator.set_state(state["generator"])
             for sampler, saved_sampler in zip(samplers, state["samplers"], strict=True):
-                sampler.set_state(saved_sampler)
+                sampler.set_state(saved_sampler.clone())  # given a row of a larger tensor, torch 2.13 crashes
             obs = envs.set_state(runs.to_numpy(state["envs"]))
             first, best, best_rate = state["iteration"] + 1, state["best"], state["best_rate"]
         except (KeyError, TypeError, ValueError, RuntimeError) as exc:
