@@ -323,7 +323,7 @@ def print_envs(r):
 
 @dataclass
 class SoakArgs:
-    minutes: float = field(default=60.0, metadata={"help": "how long to train, from the first finished iteration", "min": 0.1})
+    minutes: float = field(default=60.0, metadata={"help": "time from the first finished iteration on", "min": 0.1})
     kill_every: float = field(
         default=45.0, metadata={"help": "mean seconds between faults; also at most one per iteration", "min": 1}
     )
@@ -357,7 +357,8 @@ def audited_training(report):
         obs, reward, terminated, truncated, info = step(self, actions)
         before, after = lengths.get("now", 0), info["episode_length"]
         ended, cut, grown = terminated | truncated, info["worker_restarted"], after - before
-        fine = (grown == self.action_repeat) | (ended & (0 < grown) & (grown < self.action_repeat)) | (cut & (grown == 0))
+        full = self.action_repeat
+        fine = (grown == full) | (ended & (0 < grown) & (grown < full)) | (cut & (grown == 0))
         lengths["now"] = np.where(ended, 0, after)
         count.update(decisions=len(fine), lost=int((~fine).sum()), cut=int(cut.sum()), ended=int(ended.sum()))
         count["restarts"] = self.num_restarts
@@ -404,7 +405,8 @@ def soak(args):
                 raise UserError(f"training ended by itself with code {run.returncode}: {last}")
             if not report.exists():
                 continue
-            audit, workers = json.loads(report.read_text()), [p for p in main.children() if "_worker_main" in str(p.cmdline())]
+            audit = json.loads(report.read_text())
+            workers = [p for p in main.children() if "_worker_main" in str(p.cmdline())]
             if began is None:
                 began, next_fault = time.time(), time.time() + rng.exponential(args.kill_every)
             seen |= set(workers)
@@ -452,12 +454,12 @@ def print_soak(r):
 
     print(f"\n{r['minutes']:g} minutes of training: {r['updates']} iterations, {r['decisions']:,} decisions, "
           f"{r['episodes']} episodes\n"
-          f"faults           {r['faults']['SIGKILL']} workers killed, {r['faults']['SIGSTOP']} stopped; {r['restarts']} "
-          f"restarts, {r['cut']} episodes cut\n"
+          f"faults           {r['faults']['SIGKILL']} workers killed, {r['faults']['SIGSTOP']} stopped; "
+          f"{r['restarts']} restarts, {r['cut']} episodes cut\n"
           f"lost transitions {r['lost']} ({r['stored']:,} stored)\n"
-          f"memory           main process {r['memory_main']:.0f} MB, {megabytes(r['growth_main'])} from the first to the "
-          f"last fifth; worker that grew most: {megabytes(r['growth_workers'])}\n"
-          f"end              {r['exit_seconds']:.1f} s after SIGTERM with code {r['exit_code']}, {r['orphans']} orphans")
+          f"memory           main process {r['memory_main']:.0f} MB, {megabytes(r['growth_main'])} from the first to "
+          f"the last fifth; worker that grew most: {megabytes(r['growth_workers'])}\n"
+          f"end              {r['exit_seconds']:.1f} s after SIGTERM, code {r['exit_code']}, {r['orphans']} orphans")
     if r["minutes"] < 60:
         print("the full hour: python bench.py soak --minutes 60")
 

@@ -69,7 +69,7 @@ def main_guard(main):
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
-        for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text: show them, whatever they are
+        for stream in (sys.stdout, sys.stderr):  # file names may hold bytes that are no text: show them all the same
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:

@@ -414,8 +414,9 @@ def read_demos(path, images=True):
                         raise ValueError(f"agentview_rgb is {pictures.dtype} {pictures.shape} beside {steps} actions")
                     demo["agentview"] = np.ascontiguousarray(np.asarray(pictures)[:, ::-1, ::-1])
                 yield demo
-    # h5py raises nearly every kind for damaged bytes.
-    except (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError) as exc:
+    except UserError:
+        raise
+    except Exception as exc:  # h5py raises nearly every kind for damaged bytes; whichever it is gets printed
         raise UserError(
             f"cannot read demonstrations from {path}: {exc} (truncated, or not LIBERO's HDF5 layout?)"
         ) from exc
@@ -425,7 +426,8 @@ def _numbers(dataset, steps, width):
     """(steps, width) finite numbers of an HDF5 dataset; None: any number of them. Raises ValueError."""
     rows, columns = dataset.shape  # an AttributeError or ValueError for what is no table
     if dataset.dtype.kind not in "fiu" or steps not in (None, rows) or width not in (None, columns) or not rows:
-        raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, expected ({steps or 'T'}, {width or 'any'})")
+        wanted = f"({steps or 'T'}, {width or 'any'})"
+        raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, expected {wanted}")
     values = np.asarray(dataset)
     if not np.isfinite(values).all():
         raise ValueError(f"{dataset.name} is not finite")

@@ -786,7 +786,7 @@ class LiberoVecEnv(VectorEnv):
             raise ValueError(f"actions must have shape ({len(rows)}, 7), not {actions.shape}")
         if not np.isfinite(actions).all():
             row = int(np.flatnonzero(~np.isfinite(actions).all(axis=1))[0])
-            raise UserError(f"action of environment {rows[row]} is not finite: {actions[row].tolist()}; nothing has moved")
+            raise UserError(f"action of environment {rows[row]} is not finite: {actions[row].tolist()}")
         for i in rows:
             # The curriculum may have learnt something since the coming task was drawn; the same generator draws again.
             if not self._asked_next[i] and not s.parked[i] and self._drawn_at[i] != self.curriculum.num_updates:

@@ -112,7 +112,8 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
     afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier
-    call to keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first so many initial states.
+    call to keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first
+    so many initial states.
     """
     import sim
 

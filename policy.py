@@ -657,7 +657,7 @@ class OpenVLA(nn.Module):
                     low, high = np.array(stats["q01"], float), np.array(stats["q99"], float)
                     mask = np.array(stats.get("mask", np.ones(len(low))), bool)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise UserError(f"the action statistics {key!r} of this checkpoint are damaged: {error!r}") from error
+                    raise UserError(f"the action statistics {key!r} cannot be read: {error!r}") from error
                 if not low.shape == high.shape == mask.shape == (ACTION_DIM,) or not np.isfinite([low, high]).all():
                     raise UserError(f"the action statistics {key!r} are not {ACTION_DIM} finite numbers each")
                 return low, high, mask

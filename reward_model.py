@@ -507,7 +507,8 @@ class StockVLM:
             # transformers builds a Qwen-VL processor only where torchvision is installed (for video). One image needs a
             # tokenizer, an image processor and the line of code in `_inputs`; every other family comes as a whole.
             processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path, **own)
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **own).to(device)
+            own["use_safetensors"] = True  # nor a pickle
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **own).to(device)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"no vision-language model at {path}: {error}") from error
         return cls(model, tokenizer, image_processor, processor)

@@ -5,8 +5,8 @@ Nothing here is about the method; train.py stays readable without it. Three prom
 * Everything that `--resume` needs is written once per iteration, into a temporary name, synced, then renamed: a kill or a
   full disk at any moment leaves the previous state whole.
 * A line of metrics.jsonl is synced before the next iteration starts. Lines newer than the checkpoint are dropped at resume.
-* Ctrl-C and SIGTERM end a run between two decisions; after 15 seconds (a long update, a hung driver) wherever it is. That
-  is safe because of the first promise.
+* Ctrl-C and SIGTERM end a run between two decisions; after 15 seconds (a long update, a hung driver) wherever it is.
+  That is safe because of the first promise.
 """
 
 import contextlib
@@ -228,7 +228,8 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
     """Write checkpoints/<iteration>/ atomically: everything into a temporary directory, synced, then renamed.
 
     adapters/: LoRA and value head (safetensors). state.pt: optimisers, generators, environments, counters (tensors and
-    plain values only, read back with weights_only=True). sha256.json: of each file. The newest `keep` and the best stay.
+    plain values only, read back with weights_only=True). sha256.json: of each file. The newest `keep` and the best
+    stay.
     """
     import torch
 
@@ -295,7 +296,7 @@ def load_checkpoint(out, actor_critic):
 
 
 def restore_directory(out, config, metrics):
-    """Make a run directory that somebody deleted again, from memory: hours of training are worth more than a clean exit.
+    """Make a run directory that somebody deleted again, from memory: hours of training are worth more than an exit.
 
     The next checkpoint makes it resumable. Videos, TensorBoard's past and older checkpoints are gone. Moving the
     directory away amounts to the same.
@@ -308,7 +309,7 @@ def restore_directory(out, config, metrics):
 
 
 def save_debug_bundle(out, error, iteration, buffer, actor_critic, optimizers, generators):
-    """What led to a NumericsError, as debug/<iteration>.pt for `torch.load(…, weights_only=True)`. Returns where it is, in words.
+    """What led to a NumericsError, as debug/<iteration>.pt for `torch.load(…, weights_only=True)`. Returns where, in words.
 
     "quantity", "indices" (t * N + n in the rollout), "minibatch": every field of the buffer at those indices (without
     indices: of the whole rollout); "trainable": adapters and value head; "not_finite": their names where weight or

@@ -659,7 +659,8 @@ def main():
         print(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")
     except NumericsError as exc:
         optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}
-        generators = {"minibatches": generator.get_state(), **{f"slot_{i}": g.get_state() for i, g in enumerate(samplers)}}
+        generators = {f"slot_{i}": sampler.get_state() for i, sampler in enumerate(samplers)}
+        generators["minibatches"] = generator.get_state()
         bundle = runs.save_debug_bundle(out, exc, iteration, buffer, actor_critic, optimizers, generators)
         raise UserError(
             f"iteration {iteration}: {exc}. {bundle}; the checkpoint before it is intact: try a lower lr in "

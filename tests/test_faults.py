@@ -1,4 +1,4 @@
-"""Faults, signals, numbers that are none: each ends in recovery or in one clear line, and costs nothing already written."""
+"""Faults, signals, numbers that are none: each ends in recovery or in one clear line; what was written stays."""
 
 import json
 import os
@@ -66,7 +66,8 @@ def rollout(actor_critic, T=3, N=2):
 def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
     """The bundle alone, loaded with weights_only, gives the same infinite loss again."""
     actor_critic = ActorCritic(build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language")
-    optimizers = {name: torch.optim.AdamW(getattr(actor_critic, f"{name}_parameters")()) for name in ("policy", "critic")}
+    parameters = {"policy": actor_critic.policy_parameters(), "critic": actor_critic.critic_parameters()}
+    optimizers = {name: torch.optim.AdamW(p) for name, p in parameters.items()}
     buffer, generator = rollout(actor_critic), torch.Generator().manual_seed(3)
     args = (actor_critic, buffer, *optimizers.values(), PPOConfig(temperature=1.0, minibatch_size=2), True, generator)
     ppo_update(*args)
@@ -75,7 +76,8 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
     with pytest.raises(NumericsError) as error:
         ppo_update(*args)
     assert 2 in error.value.indices  # t * N + n
-    said = runs.save_debug_bundle(tmp_path, error.value, 7, buffer, actor_critic, optimizers, {"minibatches": generator.get_state()})
+    generators = {"minibatches": generator.get_state()}
+    said = runs.save_debug_bundle(tmp_path, error.value, 7, buffer, actor_critic, optimizers, generators)
     path = tmp_path / "debug" / "000007.pt"
     assert str(path) in said
     bundle = torch.load(path, weights_only=True)
@@ -87,7 +89,8 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
     trainable = {k: p for k, p in actor_critic.named_parameters() if p.requires_grad}
     assert bundle["trainable"].keys() == trainable.keys()
     assert all(torch.equal(bundle["trainable"][k], p) for k, p in trainable.items())
-    assert bundle["optimizers"]["critic"]["state"] and torch.equal(bundle["generators"]["minibatches"], generator.get_state())
+    assert bundle["optimizers"]["critic"]["state"]
+    assert torch.equal(bundle["generators"]["minibatches"], generator.get_state())
     assert bundle["not_finite"] == []  # the fault is in the rollout, not in the weights
     assert all(torch.equal(a, b) for a, b in zip(before, actor_critic.policy_parameters()))
 
@@ -101,7 +104,9 @@ def test_a_debug_bundle_that_cannot_be_written_does_not_hide_the_error(tmp_path)
 
 @pytest.mark.libero
 @pytest.mark.slow
-@pytest.mark.parametrize("poison, quantity", [("policy", "log-prob"), ("rprm", "RPRM score"), ("lr", "log-prob|value|loss|gradient")])
+@pytest.mark.parametrize(
+    "poison, quantity", [("policy", "log-prob"), ("rprm", "RPRM score"), ("lr", "log-prob|value|loss|gradient")]
+)
 def test_nan_in_a_real_run_is_named_saved_and_kept_out_of_checkpoints(models, tmp_path, poison, quantity):  # noqa: F811
     shutil.copytree(models, tmp_path / "models")
     if poison != "lr":
@@ -230,14 +235,21 @@ def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
         handle.process.wait()
 
 
-STOP = "import runs, time; stop = runs.Stop('the/run'); stop.begin(); print('ready', flush=True)\nwhile True: time.sleep(0.1)"
+STOP = """
+import runs, time
+runs.Stop('the/run').begin()
+print('ready', flush=True)
+while True:
+    time.sleep(0.1)
+"""
 
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_nothing_answers_ends_the_process(number, again):
     """Once: after a grace for the update or whatever is going on, with a word on how to resume. Twice: at once."""
-    run = subprocess.Popen([sys.executable, "-c", STOP], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", STOP], cwd=ROOT, **pipes)
     run.stdout.readline()
     run.send_signal(number)
     began = time.monotonic()
