@@ -2,6 +2,7 @@
 
     python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
     python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
+    python bench.py soak --minutes 60                 # training while its workers are killed and stopped at random
 
 `envs` compares four ways to run the same task: the stock environment with its two default cameras, the stock
 environment with `agentview` alone, ours with `exact` pictures and ours with `light` ones. Three rules keep it fair:
@@ -16,6 +17,12 @@ import json
 import multiprocessing
 import os
 import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -310,6 +317,154 @@ def print_envs(r):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# soak
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SoakArgs:
+    minutes: float = field(default=60.0, metadata={"help": "time from the first finished iteration on", "min": 0.1})
+    kill_every: float = field(
+        default=45.0, metadata={"help": "mean seconds between faults; also at most one per iteration", "min": 1}
+    )
+    suite: str = field(default="libero_object", metadata={"help": "LIBERO suite"})
+    task_ids: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "tasks", "min": 0})
+    num_envs: int = field(default=4, metadata={"help": "environments", "min": 1, "max": 1000})
+    num_workers: int = field(default=2, metadata={"help": "simulator processes", "min": 1})
+    num_steps: int = field(default=8, metadata={"help": "decisions per environment and iteration", "min": 1})
+    seed: int = field(default=0, metadata={"help": "seed of the run and of the faults", "min": 0, "max": 2**32 - 1})
+    out: Path = field(default=Path("runs/bench-soak.json"), metadata={"help": "where the numbers go"})
+
+
+def audited_training(report):
+    """The training process of `soak`: train.py as it is, with two counters around what a decision passes through.
+
+    The environments say how many control steps each episode has. After a decision that number must have grown by
+    `action_repeat` (less only where the episode ended; not at all or that much where it was cut with its worker):
+    a decision that was carried out twice, or never, shows. And each (step, environment) of the rollout buffer must have
+    been written once, in order, before the advantages are computed.
+    """
+    from collections import Counter
+
+    import train
+    from envs import LiberoVecEnv
+    from ppo import RolloutBuffer
+
+    count, lengths, written = Counter(lost=0), {}, []
+    step, store, finish = LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.finish
+
+    def audited_step(self, actions):
+        obs, reward, terminated, truncated, info = step(self, actions)
+        before, after = lengths.get("now", 0), info["episode_length"]
+        ended, cut, grown = terminated | truncated, info["worker_restarted"], after - before
+        full = self.action_repeat
+        fine = (grown == full) | (ended & (0 < grown) & (grown < full)) | (cut & (grown == 0))
+        lengths["now"] = np.where(ended, 0, after)
+        count.update(decisions=len(fine), lost=int((~fine).sum()), cut=int(cut.sum()), ended=int(ended.sum()))
+        count["restarts"] = self.num_restarts
+        return obs, reward, terminated, truncated, info
+
+    def audited_store(self, t, *rest, **named):
+        written.append(t)
+        return store(self, t, *rest, **named)
+
+    def audited_finish(self, *rest):
+        if written != list(range(self.num_steps)):
+            count["lost"] += self.num_envs * max(1, abs(self.num_steps - len(set(written))))
+        count.update(stored=len(written) * self.num_envs, updates=1)
+        written.clear()
+        atomic_write(report, json.dumps(count))
+        return finish(self, *rest)
+
+    LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.finish = audited_step, audited_store, audited_finish
+    train.main()
+
+
+def soak(args):
+    """Returns the numbers of `python bench.py soak` as a dict."""
+    import psutil
+
+    rng, here = np.random.default_rng(args.seed), Path(__file__).resolve().parent
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    report, errors = folder / "audit.json", folder / "stderr.txt"
+    code = f"import sys; sys.path.insert(0, {str(here)!r}); import bench; bench.audited_training({str(report)!r})"
+    flags = dict(suite=args.suite, task_ids=",".join(map(str, args.task_ids)), num_envs=args.num_envs, seed=args.seed,
+                 num_workers=args.num_workers, num_steps=args.num_steps, out=folder / "run", total_steps=10**9,
+                 max_episode_steps=80, eval_every=0, critic_warmup=1, video_every=5, final_episodes=0)
+    command = [sys.executable, "-c", code, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
+    with open(errors, "w") as stderr:
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    faults, samples, seen, began, done_at_fault = dict(SIGKILL=0, SIGSTOP=0), [], set(), None, 0
+    bar = tqdm(total=round(60 * args.minutes), desc="soak", unit="s")
+    try:
+        main, audit = psutil.Process(run.pid), {}
+        while began is None or time.time() - began < 60 * args.minutes:
+            time.sleep(1.0)
+            if run.poll() is not None:
+                last = (errors.read_text().strip().splitlines() or ["no last words"])[-1]
+                raise UserError(f"training ended by itself with code {run.returncode}: {last}")
+            if not report.exists():
+                continue
+            audit = json.loads(report.read_text())
+            workers = [p for p in main.children() if "_worker_main" in str(p.cmdline())]
+            if began is None:
+                began, next_fault = time.time(), time.time() + rng.exponential(args.kill_every)
+            seen |= set(workers)
+            memory = {p.pid: p.memory_info().rss / 1e6 for p in workers if time.time() - p.create_time() > 60}
+            samples.append((time.time() - began, main.memory_info().rss / 1e6, memory))
+            bar.update(round(time.time() - began) - bar.n)
+            if time.time() > next_fault and audit["updates"] > done_at_fault and workers:
+                how = "SIGKILL" if rng.random() < 0.5 else "SIGSTOP"
+                os.kill(workers[rng.integers(len(workers))].pid, getattr(signal, how))
+                faults[how] += 1
+                next_fault, done_at_fault = time.time() + rng.exponential(args.kill_every), audit["updates"] + 1
+        stopping = time.time()
+        run.send_signal(signal.SIGTERM)
+        code = run.wait(60)
+        stopped = time.time() - stopping
+        orphans = [p for p in psutil.wait_procs(seen, 10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+        lines = errors.read_text()
+    finally:
+        bar.close()
+        if run.poll() is None:
+            run.kill()
+            run.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+    fifth = max(1, len(samples) // 5)
+
+    def growth(values):
+        """MB from the first to the last fifth of the time; None where there is nothing to compare."""
+        first, last = np.mean(values[:fifth] or [np.nan]), np.mean(values[-fifth:] or [np.nan])
+        return None if np.isnan(last - first) else float(last - first)
+
+    lasting = [growth([m[pid] for *_, m in samples if pid in m]) for pid in {pid for *_, m in samples for pid in m}
+               if sum(pid in m for *_, m in samples) >= 2 * fifth]
+    return dict(
+        minutes=args.minutes, decisions=audit["decisions"], stored=audit["stored"], updates=audit["updates"],
+        episodes=audit["ended"], faults=faults, restarts=len(re.findall("restarting it", lines)), cut=audit["cut"],
+        lost=audit["lost"] + abs(audit["decisions"] - audit["stored"]), exit_code=code, exit_seconds=stopped,
+        orphans=len(orphans), memory_main=float(np.mean([m for _, m, _ in samples[-fifth:]])),
+        growth_main=growth([m for _, m, _ in samples]), growth_workers=max(lasting, default=None),
+    )
+
+
+def print_soak(r):
+    def megabytes(x):
+        return "too short to say" if x is None else f"{x:+.0f} MB"
+
+    print(f"\n{r['minutes']:g} minutes of training: {r['updates']} iterations, {r['decisions']:,} decisions, "
+          f"{r['episodes']} episodes\n"
+          f"faults           {r['faults']['SIGKILL']} workers killed, {r['faults']['SIGSTOP']} stopped; "
+          f"{r['restarts']} restarts, {r['cut']} episodes cut\n"
+          f"lost transitions {r['lost']} ({r['stored']:,} stored)\n"
+          f"memory           main process {r['memory_main']:.0f} MB, {megabytes(r['growth_main'])} from the first to "
+          f"the last fifth; worker that grew most: {megabytes(r['growth_workers'])}\n"
+          f"end              {r['exit_seconds']:.1f} s after SIGTERM, code {r['exit_code']}, {r['orphans']} orphans")
+    if r["minutes"] < 60:
+        print("the full hour: python bench.py soak --minutes 60")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # What all sub-commands share
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -325,7 +480,10 @@ def machine():
                 versions={name: version(name) for name in packages})
 
 
-COMMANDS = {"envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs)}
+COMMANDS = {
+    "envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs),
+    "soak": (SoakArgs, "training while its workers are killed at random", soak, print_soak),
+}
 
 
 @main_guard

@@ -20,11 +20,13 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import json
 import logging
 import math
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import types
@@ -42,6 +44,7 @@ class UserError(Exception):
 
 # Operating-system errors that say something about the machine rather than about this code.
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+_MACHINE_ERRORS |= {errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def _one_line(text):
@@ -51,6 +54,8 @@ def _one_line(text):
 def _show_uncaught(kind, exc, traceback):
     if issubclass(kind, UserError):
         print(f"error: {_one_line(exc)}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
     else:
         sys.__excepthook__(kind, exc, traceback)
 
@@ -64,6 +69,9 @@ def main_guard(main):
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):  # file names may hold bytes that are no text: show them all the same
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as exc:
@@ -215,6 +223,37 @@ def parse_command(commands, description, argv=None):
     return namespace.command, _build(commands[namespace.command][0], namespace)
 
 
+def parse_settings(args_class, settings, where):
+    """Instance of `args_class` from a JSON object that an earlier run wrote, each value checked as its flag would be.
+
+    A setting that is absent (the file is older than the flag) takes its default. Raises UserError naming `where`.
+    """
+
+    class Parser(_Parser):
+        def error(self, message):
+            raise UserError(f"{where}: {_one_line(message)}")
+
+    hints = typing.get_type_hints(args_class)
+    parser, argv, nulls = Parser(allow_abbrev=False), [], []
+    _add_flags(parser, args_class)
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: no JSON object with settings")
+    for name, value in settings.items():
+        if name not in hints or value is None and type(None) not in typing.get_args(hints[name]):
+            raise UserError(f"{where}: setting {name!r} = {value!r} is unknown here")
+        flag = name.replace("_", "-")
+        if value is None:
+            nulls.append(name)
+        elif isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            argv.append(f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    args = _build(args_class, parser.parse_args(argv))
+    for name in nulls:
+        setattr(args, name, None)
+    return args
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
@@ -250,6 +289,17 @@ def atomic_write(path, data):
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict. Raises UserError for anything else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no text
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
 
 
 def sync_directory(directory):
@@ -380,6 +430,15 @@ def silence_third_party():
     # Source 4, MuJoCo: by default a physics warning appends to MUJOCO_LOG.TXT in whatever directory the user stands in.
     # Say it once on stderr instead.
     mujoco.set_mju_user_warning(_mujoco_warning)
+
+
+def die_with_parent():
+    """Let the kernel end this process when its parent ends, however that happens. Linux; elsewhere it does nothing.
+
+    A process that is stopped (SIGSTOP) or waits for work from a pool could not notice by itself.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class _NoMacroWarning(logging.Filter):

@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, main_guard, parse_args, progress_bar, safe_name, wilson_interval
+from common import UserError, die_with_parent, main_guard, parse_args, progress_bar, safe_name, wilson_interval
 
 METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
 GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z
@@ -63,8 +63,10 @@ class Args:
             "choices": ["light", "exact"],
         },
     )
-    num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core"})
-    seed: int = field(default=0, metadata={"help": "seed of placements and disturbances"})
+    num_workers: int = field(default=0, metadata={"help": "processes; 0 = one per core", "min": 0})
+    seed: int = field(
+        default=0, metadata={"help": "seed of placements and disturbances", "min": 0, "max": 2**32 - 1}
+    )
     check: bool = field(
         default=False, metadata={"help": "record nothing; report the undisturbed expert on the 50 test states"}
     )
@@ -261,6 +263,11 @@ def _task_sim(suite, task_id, render, resolution=256):
     return _SIM[key]
 
 
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    die_with_parent()
+
+
 def _work(job):
     """Worker: a share of one task's demonstrations (written to a part file) or of its test states."""
     args, task_id, share, shares = job
@@ -386,32 +393,52 @@ def read_demos(path, images=True):
             data = f["data"]
             instruction = _instruction(data, path)
             action_repeat = int(data.attrs.get("action_repeat", 1))
+            if not 1 <= action_repeat <= 1000:
+                raise ValueError(f"action_repeat is {action_repeat}")
             names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.split("_")[1]))
             if not names:
                 raise UserError(f"{path} holds no demonstrations (no data/demo_* groups)")
             for name in names:
                 g = data[name]
                 obs = g["obs"]
+                steps = len(_numbers(g["actions"], None, 7))
+                ee_pos = _numbers(obs["ee_pos"], steps, 3) if "ee_pos" in obs else _numbers(obs["ee_states"], steps, 6)
                 demo = dict(
-                    actions=np.asarray(g["actions"], np.float64),
+                    actions=_numbers(g["actions"], steps, 7).astype(np.float64),
                     instruction=instruction,
                     action_repeat=action_repeat,
                     name=name,
                     file=str(path),
-                    gripper_states=np.asarray(obs["gripper_states"]),
-                    ee_pos=np.asarray(obs["ee_pos"] if "ee_pos" in obs else obs["ee_states"][:, :3]),
+                    gripper_states=_numbers(obs["gripper_states"], steps, 2),
+                    ee_pos=ee_pos[:, :3],
                 )
                 if "states" in g:
-                    demo["states"] = np.asarray(g["states"])
+                    demo["states"] = _numbers(g["states"], steps, None)
                 if images:
-                    demo["agentview"] = np.ascontiguousarray(np.asarray(obs["agentview_rgb"])[:, ::-1, ::-1])
-                if demo["actions"].ndim != 2 or demo["actions"].shape[1] != 7:
-                    raise UserError(f"{path} {name}: actions have shape {demo['actions'].shape}, expected (T, 7)")
+                    pictures = obs["agentview_rgb"]
+                    side = pictures.shape[1]
+                    if pictures.shape != (steps, side, side, 3) or pictures.dtype != np.uint8 or not 16 <= side <= 2048:
+                        raise ValueError(f"agentview_rgb is {pictures.dtype} {pictures.shape} beside {steps} actions")
+                    demo["agentview"] = np.ascontiguousarray(np.asarray(pictures)[:, ::-1, ::-1])
                 yield demo
-    except (OSError, KeyError, ValueError, RuntimeError) as exc:
+    except UserError:
+        raise
+    except Exception as exc:  # h5py raises nearly every kind for damaged bytes; whichever it is gets printed
         raise UserError(
             f"cannot read demonstrations from {path}: {exc} (truncated, or not LIBERO's HDF5 layout?)"
         ) from exc
+
+
+def _numbers(dataset, steps, width):
+    """(steps, width) finite numbers of an HDF5 dataset; None: any number of them. Raises ValueError."""
+    rows, columns = dataset.shape  # an AttributeError or ValueError for what is no table
+    if dataset.dtype.kind not in "fiu" or steps not in (None, rows) or width not in (None, columns) or not rows:
+        wanted = f"({steps or 'T'}, {width or 'any'})"
+        raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, expected {wanted}")
+    values = np.asarray(dataset)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{dataset.name} is not finite")
+    return values
 
 
 def _instruction(data, path):
@@ -448,7 +475,7 @@ def main():
     results = {}
     os.environ["OMP_NUM_THREADS"], os.environ["LP_NUM_THREADS"] = "1", "0"  # Mesa draws in the calling thread (envs.py)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with context.Pool(workers, initializer=_start_worker) as pool:
         bar = progress_bar(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")
         for task_id, result in pool.imap_unordered(_work, jobs):
             results.setdefault(task_id, []).append(result)

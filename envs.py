@@ -41,15 +41,17 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import psutil
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tqdm import tqdm
 
-from common import UserError, progress_bar
+from common import UserError, die_with_parent, progress_bar
 
 RESOLUTION = 256
 NUM_INIT_STATES = 50  # of every LIBERO task
 BUILD_TIMEOUT = 300.0  # seconds for one task's model; 2 to 12 are normal, ten times that on a loaded machine
+HANG_CHECKS = 5  # seconds, one check in each, in which a hung worker uses no processor time
 MAX_FAILURES = 3  # replacements of one worker without a finished command in between; then something is really broken
 
 # `assignment[i]` = (task, init state, seed, episode). Two init states have a meaning beyond "protocol state number k":
@@ -362,6 +364,7 @@ class _Worker:
 def _worker_main(descriptor):
     """Entry point of a worker process; `descriptor` is its end of a socket pair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     conn = connection.Connection(descriptor)
     config = conn.recv()
 
@@ -399,6 +402,8 @@ class _Handle:
         self.process = self.conn = self.log = None
         self.outstanding = deque()  # commands without an answer yet, oldest first: what a replacement must do again
         self.deadline = 0.0
+        self.building = True  # Python is starting or a model is being compiled: reading files takes no processor time
+        self.checked_at, self.processor_time, self.idle_checks = 0.0, 0.0, 0
         self.failures = 0
         self.busy_seconds = 0.0
 
@@ -427,15 +432,31 @@ class _Handle:
             process_group=0,  # Ctrl-C in the terminal goes to the main process alone
         )
         theirs.close()
+        self.building, self.idle_checks = True, 0
         self.conn = connection.Connection(ours.detach())
         self.conn.send(config)
 
     def send(self, command, timeout):
         if not self.outstanding:
-            self.deadline = time.monotonic() + timeout
+            self.deadline, self.idle_checks = time.monotonic() + timeout, 0
         self.outstanding.append(command)
         with contextlib.suppress(OSError):  # a dead worker: found, and the command repeated, when the answer is awaited
             self.conn.send(command)
+
+    def is_hung(self):
+        """Whether the worker, which owes an answer, has stopped working: called often, looks once a second.
+
+        A stopped process or a deadlock in a driver uses no processor time. A busy machine does not look like that: it
+        slows a worker down, but never denies it every tick. Checks are counted, not seconds, because this process may
+        have been stopped too.
+        """
+        now = time.monotonic()
+        if now - self.checked_at >= 1.0:
+            before, self.checked_at, self.processor_time = self.processor_time, now, -1.0
+            with contextlib.suppress(psutil.Error):  # it has just died; its closed pipe says so
+                self.processor_time = sum(psutil.Process(self.process.pid).cpu_times()[:2])
+            self.idle_checks = self.idle_checks + 1 if self.processor_time == before else 0
+        return self.idle_checks >= HANG_CHECKS * (6 if self.building else 1)
 
     def how_it_ended(self):
         """In words; for a worker whose pipe is closed."""
@@ -484,7 +505,8 @@ class LiberoVecEnv(VectorEnv):
     tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.5 GB each and 0.9 GB more for the
         first; a slot costs 5 MB. Beyond that number, the least recently used task that no slot plays is dropped, and a
         later visit costs a rebuild (seconds).
-    timeout: seconds that a worker may take for one command before it counts as hung and is replaced.
+    timeout: seconds that a worker may take for one command before it is replaced. One that stands still (stopped, or a
+        deadlock: no processor time) is noticed after about HANG_CHECKS seconds.
     egl_devices: EGL device numbers, given to the workers in turn (default: leave the choice to EGL).
 
     Observation: {"agentview": (N, 256, 256, 3) uint8, upright as OpenVLA expects it, "task_id": (N,) int64,
@@ -597,12 +619,14 @@ class LiberoVecEnv(VectorEnv):
         wanted, answers = set(slots), []
         while owing := [h for h in self._workers if h.outstanding and wanted.intersection(h.slots)]:
             patience = min(h.deadline for h in owing) - time.monotonic()
-            ready = connection.wait([h.conn for h in owing], max(0.0, patience))
+            ready = connection.wait([h.conn for h in owing], min(max(0.0, patience), 1.0))
             for handle in owing:
                 if handle.conn in ready:
                     self._receive(handle, answers, on_built)
                 elif time.monotonic() > handle.deadline:
                     self._replace(handle, "gave no answer in time")
+                elif handle.is_hung():
+                    self._replace(handle, "stands still")
         return answers
 
     def _receive(self, handle, answers, on_built):
@@ -612,7 +636,7 @@ class LiberoVecEnv(VectorEnv):
             self._replace(handle, handle.how_it_ended())
             return
         patience = BUILD_TIMEOUT if kind == "building" or handle.failures else self.timeout  # a replacement warms up
-        handle.deadline = time.monotonic() + patience
+        handle.deadline, handle.building = time.monotonic() + patience, kind == "building"
         if kind == "built" and on_built:
             on_built(1)
         elif kind == "done":
@@ -744,7 +768,7 @@ class LiberoVecEnv(VectorEnv):
           "task_id_ended" (N,) int; "init_state" (N,) int (-1 = random placement)
         "started" (N,) bool: obs is the first of an episode. "timing": seconds of physics, render, reset (summed over
         the slots), busiest (the longest worker), wall (the whole step) and wait (the main process blocked).
-        Raises ValueError for actions of another shape or with NaN or infinity; nothing has moved then.
+        Raises ValueError for actions of another shape, UserError for NaN or infinity; nothing has moved then.
         """
         self.step_async(actions)
         return self.step_wait()
@@ -762,7 +786,7 @@ class LiberoVecEnv(VectorEnv):
             raise ValueError(f"actions must have shape ({len(rows)}, 7), not {actions.shape}")
         if not np.isfinite(actions).all():
             row = int(np.flatnonzero(~np.isfinite(actions).all(axis=1))[0])
-            raise ValueError(f"action of environment {rows[row]} is not finite: {actions[row].tolist()}")
+            raise UserError(f"action of environment {rows[row]} is not finite: {actions[row].tolist()}")
         for i in rows:
             # The curriculum may have learnt something since the coming task was drawn; the same generator draws again.
             if not self._asked_next[i] and not s.parked[i] and self._drawn_at[i] != self.curriculum.num_updates:

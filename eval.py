@@ -46,7 +46,7 @@ class Args:
     num_envs: int = _flag(8, "episodes that run at the same time", min=1)
     temperature: float = _flag(0.0, "of sampling; 0 picks the likeliest action token", min=0)
     whole_vocabulary: bool = _flag(False, "choose among all tokens, as officially, not only the 256 action tokens")
-    seed: int = _flag(0, "of sampling at a temperature above 0", min=0)
+    seed: int = _flag(0, "of sampling at a temperature above 0", min=0, max=2**32 - 1)
     render: str | None = _flag(None, "simplified meshes (fast) or LIBERO's own",
                                default="exact where a GPU renders, else light", choices=("light", "exact"))
     device: str | None = _flag(None, "where the policy runs", default="cuda if there is one", choices=("cpu", "cuda"))
@@ -106,13 +106,14 @@ class EvalResult:
 
 
 def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=0.0,
-             whole_vocabulary=False, seed=0, render="light", envs=None, finished=(), on_episode=None, video=0,
-             video_dir=None, progress=True):
+             whole_vocabulary=False, seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None,
+             video=0, video_dir=None, progress=True):
     """Run protocol states 0 to episodes_per_task - 1 of every task. Returns EvalResult.
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
     afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier
-    call to keep. on_episode(episode): called as each one ends. video: record the first so many initial states.
+    call to keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first
+    so many initial states.
     """
     import sim
 
@@ -136,7 +137,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
                         f"the evaluation wants {suite} with {model.action_repeat}")
     decide = functools.partial(_decide, model, temperature, whole_vocabulary)
     with ready:
-        _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progress)
+        _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress)
     return result
 
 
@@ -162,7 +163,7 @@ def _decide(model, temperature, whole_vocabulary, frames, instructions, generato
     return model.decode_actions(tokens, suite)
 
 
-def _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progress):
+def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress):
     """Play every (task, initial state) of `queue` and append what happened to `result.episodes`."""
     n, known = envs.num_envs, len(result.episodes)
     bar = progress_bar(total=known + len(queue), initial=known, desc=f"evaluating {result.suite}", unit="episode",
@@ -208,6 +209,8 @@ def _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progr
             for i in np.flatnonzero(info["started"]).tolist():
                 queue.remove(offers[i])
                 playing[i], sampler[i] = offers[i], _generator(seed, offers[i])
+            if on_step:
+                on_step()
 
 
 def _generator(seed, episode):
@@ -275,8 +278,11 @@ class EpisodeLog:
         self.file.truncate(len(whole))
         try:
             header, *self.episodes = [json.loads(line) for line in whole.splitlines()] or [None]
-            found = header["settings"] if header else None
-        except (ValueError, TypeError, KeyError):
+            found = dict(header["settings"]) if header else None
+            for episode in self.episodes:
+                if not isinstance(episode, dict) or not {"task_id", "init_state", "success", "steps"} <= episode.keys():
+                    raise ValueError(episode)
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path} is not a log of episodes; move it away or choose another --out") from None
         if header is None:
             self.append({"settings": settings})

@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, silence_third_party
+from common import UserError, read_json, silence_third_party
 
 ACTION_DIM = 7
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -381,23 +381,64 @@ def explain_out_of_memory(advice):
         raise UserError(f"the GPU is out of memory: {advice}") from error
 
 
+def _tower_sizes(config):
+    if "vision_configs" in config:
+        return config["vision_configs"]
+    for name in (names := config.get("timm_model_ids", [])):
+        if name not in TIMM_TOWERS:
+            raise UserError(f"config.json: no sizes for vision tower {name!r}; known: {', '.join(TIMM_TOWERS)}")
+    return [TIMM_TOWERS[name] for name in names]
+
+
+def _check_config(config):
+    """Raise UserError unless every number that the model relies on is there and possible. (A number of layers that is a
+    typing error would otherwise be built, layer by layer, until the memory is full.)"""
+
+    def whole(table, name, low, high, default=None):
+        value = table.get(name, default)
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(f"config.json: {name} is {value!r}, not a whole number from {low} to {high}")
+        return value
+
+    def transformer(table):
+        width, heads = whole(table, "hidden_size", 1, 2**16), whole(table, "num_attention_heads", 1, 2**10)
+        whole(table, "num_hidden_layers", 1, 1000), whole(table, "intermediate_size", 1, 2**18)
+        if width % (2 * heads):
+            raise UserError(f"config.json: {heads} attention heads do not divide the width {width} into even parts")
+
+    towers, text = _tower_sizes(config), config.get("text_config", {})
+    if not isinstance(towers, list) or len(towers) != 2 or not all(isinstance(x, dict) for x in [*towers, text]):
+        raise UserError("config.json is not an OpenVLA configuration: two vision towers and a text_config are expected")
+    for tower in towers:
+        transformer(tower)
+        whole(tower, "patch_size", 1, whole(tower, "image_size", 1, 4096)), whole(tower, "num_register_tokens", 0, 1000)
+    if len({(t["image_size"], t["image_size"] // t["patch_size"]) for t in towers}) != 1:
+        raise UserError("config.json: the two vision towers need the same image size and number of patches")
+    text = {**LLAMA_DEFAULTS, **text}
+    transformer(text)
+    if text.get("num_key_value_heads", text["num_attention_heads"]) != text["num_attention_heads"]:
+        raise UserError("config.json: grouped key-value heads are not supported (OpenVLA's Llama 2 has none)")
+    vocabulary = whole(text, "vocab_size", 1, 2**24)
+    whole(text, "max_position_embeddings", 1, 2**20), whole(text, "pad_token_id", 0, vocabulary - 1)
+    whole(config, "n_action_bins", 2, vocabulary - whole(config, "pad_to_multiple_of", 0, vocabulary))
+    whole(config, "suffix_token_id", 0, vocabulary - 1, 29871), whole(config, "action_repeat", 1, 1000, 1)
+    for name in ("rms_norm_eps", "rope_theta"):
+        if not isinstance(text[name], (int, float)) or not 0 < text[name] < math.inf:
+            raise UserError(f"config.json: {name} is {text[name]!r}, not a positive number")
+    if not isinstance(config.get("norm_stats", {}), dict):
+        raise UserError("config.json: norm_stats is no table")
+
+
 class OpenVLA(nn.Module):
     """OpenVLA of any size. `config` is the dict of config.json: the official fields, and for openvla-tiny also
     `vision_configs` (tower sizes), `action_repeat` (control steps per decision; 1 if absent), `suffix_token_id`."""
 
     def __init__(self, config):
         super().__init__()
+        _check_config(config)
         self.config = config
         text = self.text = {**LLAMA_DEFAULTS, **config.get("text_config", {})}
-        towers = config.get("vision_configs")
-        if towers is None:
-            try:
-                towers = [TIMM_TOWERS[name] for name in config["timm_model_ids"]]
-            except KeyError as error:
-                known = ", ".join(TIMM_TOWERS)
-                raise UserError(f"config.json: no sizes for vision tower {error}; known: {known}") from error
-        if text.get("num_key_value_heads", text["num_attention_heads"]) != text["num_attention_heads"]:
-            raise UserError("config.json: grouped key-value heads are not supported (OpenVLA's Llama 2 has none)")
+        towers = _tower_sizes(config)
         self.vision_backbone = nn.Module()
         self.vision_backbone.featurizer = VisionTower(towers[0])  # DINOv2
         self.vision_backbone.fused_featurizer = VisionTower(towers[1])  # SigLIP
@@ -435,7 +476,14 @@ class OpenVLA(nn.Module):
     def tokenizer(self):
         if "tokenizer.json" not in self.side_files:
             raise UserError("the checkpoint directory has no tokenizer.json, so instructions cannot be tokenized")
-        return Tokenizer.from_str(self.side_files["tokenizer.json"].decode())
+        try:
+            tokenizer = Tokenizer.from_str(self.side_files["tokenizer.json"].decode())
+            tokenizer.encode_batch([PROMPT])
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"the checkpoint's tokenizer.json cannot be used: {error}") from error
+        if max(tokenizer.get_vocab().values(), default=0) >= self.text["vocab_size"]:
+            raise UserError("the checkpoint's tokenizer.json has more tokens than its config.json")
+        return tokenizer
 
     def tokenize(self, instructions):
         """B instructions -> input_ids (B, L) int64, attention_mask (B, L) int64, padded on the right, on the model's
@@ -604,9 +652,15 @@ class OpenVLA(nn.Module):
             unnorm_key = next(iter(self.norm_stats))
         for key in (unnorm_key, f"{unnorm_key}_no_noops"):  # official checkpoints use either name
             if key in self.norm_stats:
-                stats = self.norm_stats[key]["action"]
-                low, high = np.array(stats["q01"], float), np.array(stats["q99"], float)
-                return low, high, np.array(stats.get("mask", np.ones(len(low))), bool)
+                try:
+                    stats = self.norm_stats[key]["action"]
+                    low, high = np.array(stats["q01"], float), np.array(stats["q99"], float)
+                    mask = np.array(stats.get("mask", np.ones(len(low))), bool)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise UserError(f"the action statistics {key!r} cannot be read: {error!r}") from error
+                if not low.shape == high.shape == mask.shape == (ACTION_DIM,) or not np.isfinite([low, high]).all():
+                    raise UserError(f"the action statistics {key!r} are not {ACTION_DIM} finite numbers each")
+                return low, high, mask
         raise UserError(f"no action statistics for unnorm_key {unnorm_key!r} in this checkpoint; it has: "
                         f"{', '.join(sorted(self.norm_stats)) or 'none'}")
 
@@ -657,7 +711,7 @@ class OpenVLA(nn.Module):
         """Load a directory in the official layout, or a hub id. One tensor at a time: beside the model, host memory
         holds no more than one shard. Raises UserError for everything that can be wrong with the files."""
         folder = _checkpoint_folder(path)
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         try:
             with torch.device("meta"):
                 model = cls(config)
@@ -686,7 +740,7 @@ class OpenVLA(nn.Module):
             if (folder / name).is_file():
                 model.side_files[name] = (folder / name).read_bytes()
         if (folder / "dataset_statistics.json").is_file():  # a fine-tuned checkpoint's own statistics go first
-            model.norm_stats = _read_json(folder / "dataset_statistics.json")
+            model.norm_stats = read_json(folder / "dataset_statistics.json")
         return model
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
@@ -762,13 +816,6 @@ def _sample(log_p, u):
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_max(log_p.shape[-1] - 1)
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-
-
 def _checkpoint_folder(path):
     folder = Path(path)
     if not folder.is_dir():
@@ -789,8 +836,13 @@ def _checkpoint_folder(path):
 
 def _shards(folder):
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in names:
+    names = ["model.safetensors"]
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+        names = list(files.values()) if isinstance(files, dict) else []
+        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise UserError(f"{index}: weight_map must name files of this directory")
+    for name in (names := sorted(set(names))):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: the weights file {name} is missing")
     return [folder / name for name in names]

@@ -50,8 +50,7 @@ class NumericsError(UserError):
 
     def __init__(self, quantity, indices=None):
         super().__init__(
-            f"{quantity} is not finite (NaN or infinity); the update was stopped before it reached the weights. "
-            "A lower learning rate is the usual cure"
+            f"{quantity} is not finite (NaN or infinity); the update was stopped before it reached the weights"
         )
         self.quantity = quantity
         self.indices = indices

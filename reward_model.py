@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, atomic_write, main_guard, parse_command, progress_bar, safe_name
+from common import UserError, atomic_write, main_guard, parse_command, progress_bar, read_json, safe_name
 from demos import demo_files, demo_path, read_demos, write_demos
 from policy import ACTION_DIM, OpenVLA
 
@@ -413,7 +413,7 @@ class RewardModel:
         info = Path(directory) / "rprm.json"
         if not info.is_file():
             raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give the --out of `train`")
-        return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), json.loads(info.read_text()))
+        return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), read_json(info))
 
     @torch.no_grad()
     def score(self, input_ids, attention_mask, action_tokens=None, *, pixel_values=None, patch_embeddings=None):
@@ -500,11 +500,14 @@ class StockVLM:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
         try:
-            tokenizer, image_processor = AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path)
+            own = dict(trust_remote_code=False)  # never code that came with the weights
+            tokenizer = AutoTokenizer.from_pretrained(path, **own)
+            image_processor = AutoImageProcessor.from_pretrained(path, **own)
             # transformers builds a Qwen-VL processor only where torchvision is installed (for video). One image needs a
             # tokenizer, an image processor and the line of code in `_inputs`; every other family comes as a whole.
-            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
+            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path, **own)
+            own["use_safetensors"] = True  # nor a pickle
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **own).to(device)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"no vision-language model at {path}: {error}") from error
         return cls(model, tokenizer, image_processor, processor)
@@ -978,7 +981,7 @@ class TrainArgs(RuleArgs):
     held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
     whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, not over the two verdicts that the score compares")
     device: str = flag("cpu", "torch device")
-    seed: int = flag(0, "seed of the split and of the batches", min=0)
+    seed: int = flag(0, "seed of the split and of the batches", min=0, max=2**32 - 1)
 
 
 @dataclass
@@ -1003,7 +1006,7 @@ class EvaluateArgs:
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
     device: str = flag("cpu", "torch device")
-    seed: int = flag(0, "seed of the sampling", min=0)
+    seed: int = flag(0, "seed of the sampling", min=0, max=2**32 - 1)
 
 
 @dataclass
@@ -1015,7 +1018,7 @@ class RecordArgs:
     episodes_per_task: int = flag(45, "episodes per task, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
     device: str = flag("cpu", "torch device")
-    seed: int = flag(1, "seed of placements and sampling; take another one for `evaluate`", min=0)
+    seed: int = flag(1, "seed of placements and sampling; take another one for `evaluate`", min=0, max=2**32 - 1)
 
 
 def label(trajectory, rule):

@@ -5,17 +5,20 @@ Nothing here is about the method; train.py stays readable without it. Three prom
 * Everything that `--resume` needs is written once per iteration, into a temporary name, synced, then renamed: a kill or a
   full disk at any moment leaves the previous state whole.
 * A line of metrics.jsonl is synced before the next iteration starts. Lines newer than the checkpoint are dropped at resume.
-* Ctrl-C and SIGTERM end a run between two decisions, never inside a write.
+* Ctrl-C and SIGTERM end a run between two decisions; after 15 seconds (a long update, a hung driver) wherever it is.
+  That is safe because of the first promise.
 
     python runs.py --runs runs/rl-sum-seed0,runs/rl-none-seed0 --out comparison.png     # success of several runs in one plot
 """
 
+import contextlib
+import hashlib
 import json
 import os
-import pickle
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +28,21 @@ from common import UserError, atomic_write, main_guard, parse_args, sync_directo
 
 
 class Stop:
-    """Ctrl-C and SIGTERM set a flag that the loop reads after every decision; a second one ends the process at once."""
+    """Ctrl-C and SIGTERM set a flag that the loop reads after every decision; a second one ends the process at once.
 
-    def __init__(self):
-        self.requested = False
+    Until `begin` nothing is worth saving, and the first one interrupts whatever is being built or loaded.
+    """
+
+    GRACE = 15.0  # seconds from the first signal until the process ends wherever it is
+
+    def __init__(self, out):
+        self.hint = f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}"
+        self.begun = self.requested = False
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._request)
+
+    def begin(self):
+        self.begun = True
 
     def check(self, *_):
         """Leave whatever is running, if somebody asked for it."""
@@ -40,8 +52,17 @@ class Stop:
     def _request(self, number, frame):
         if self.requested:
             os._exit(128 + number)  # workers leave by themselves when their pipe closes
+        if not self.begun:
+            raise KeyboardInterrupt
         self.requested = True
+        late = threading.Timer(self.GRACE, self._leave)
+        late.daemon = True
+        late.start()
         print("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
+
+    def _leave(self):
+        print(self.hint, file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -52,10 +73,31 @@ class Stop:
 class Metrics:
     """metrics.jsonl (one synced line per iteration, the source of truth), TensorBoard, and the terminal's line."""
 
+    KEYS = {"iteration", "charts/decisions", "charts/successes", "charts/episodes"}  # what the curve needs
+
     def __init__(self, out, lines):
+        self.path, self.lines = out / "metrics.jsonl", lines
+        self.open()
+
+    @classmethod
+    def read(cls, out, last):
+        """Lines 1 to `last` of an earlier run. Fewer, and a warning, where somebody damaged the file."""
+        lines = []
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # ValueError: half a line, written in a crash
+            for text in (out / "metrics.jsonl").read_text().splitlines():
+                m = json.loads(text)
+                known = isinstance(m, dict) and cls.KEYS <= m.keys() and m["iteration"] == len(lines) + 1
+                if not known or len(lines) == last:
+                    break
+                lines.append(m)
+        if len(lines) < last:
+            print(f"warning: {out}/metrics.jsonl holds {len(lines)} of {last} iterations", file=sys.stderr)
+        return lines
+
+    def open(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.lines = out / "metrics.jsonl", lines
+        lines, out = self.lines, self.path.parent
         # Lines after the checkpoint that a run resumes from (or half a line, after a crash) belong to no saved state.
         atomic_write(self.path, "".join(json.dumps(x) + "\n" for x in lines))
         self.file = open(self.path, "a")
@@ -73,8 +115,9 @@ class Metrics:
         self.board.flush()
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        with contextlib.suppress(OSError):  # on a full disk the last line stays in the buffer, and was reported
+            self.file.close()
+            self.board.close()
 
 
 def terminal_line(m, iterations, seconds_left):
@@ -136,6 +179,7 @@ def plot_curve(lines, path, title):
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
     fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.png")
     fig.savefig(temporary)
     plt.close(fig)
@@ -218,7 +262,10 @@ def compare(runs, path):
 
 
 def write_video(path, frames, rewards, values, scores, ended, fps):
-    """Rollout of one environment as mp4: decision, reward, value and RPRM score drawn on, the scores as a strip below."""
+    """Rollout of one environment as mp4: decision, reward, value and RPRM score drawn on, the scores as a strip below.
+
+    A film that cannot be written (full disk; Ctrl-C reaches ffmpeg as well) costs a warning, not the run.
+    """
     import imageio
     from PIL import Image, ImageDraw
 
@@ -240,10 +287,15 @@ def write_video(path, frames, rewards, values, scores, ended, fps):
             pen.rectangle((x0, top, max(x0, x1), width + strip - 4), fill=(70, 170, 90) if k <= t else (70, 70, 70))
         drawn.append(np.asarray(canvas))
         step = 0 if ended[t] else step + 1
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.mp4")
-    imageio.mimwrite(temporary, drawn, fps=fps, macro_block_size=None)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(temporary, drawn, fps=fps, macro_block_size=None)
+        os.replace(temporary, path)
+    except OSError as exc:
+        print(f"warning: no video {path}: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def before_after_gif(path, start, trained, side=192):
@@ -283,52 +335,117 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
     """Write checkpoints/<iteration>/ atomically: everything into a temporary directory, synced, then renamed.
 
     adapters/: LoRA and value head (safetensors). state.pt: optimisers, generators, environments, counters (tensors and
-    plain values only, read back with weights_only=True). The newest `keep` and the best stay.
+    plain values only, read back with weights_only=True). sha256.json: of each file. The newest `keep` and the best
+    stay.
     """
     import torch
 
     root = out / "checkpoints"
-    root.mkdir(exist_ok=True)
-    for left_over in root.glob("*.tmp"):
-        shutil.rmtree(left_over)
     final, temporary = root / f"{iteration:06d}", root / f"{iteration:06d}.tmp"
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left_over in root.glob("*.tmp"):
+            shutil.rmtree(left_over)
         temporary.mkdir()
         actor_critic.save_adapters(temporary / "adapters")
-        with open(temporary / "state.pt", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        sync_directory(temporary)
+        torch.save(state, temporary / "state.pt")
+        atomic_write(temporary / "sha256.json", json.dumps(_checksums(temporary, sync=True)))
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_directory(root)
-    except OSError as exc:
+    except (OSError, RuntimeError, UserError) as exc:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
+        why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
         raise UserError(
-            f"cannot write the checkpoint {final}: {exc.strerror or exc}; the previous one is intact. Free some "
+            f"cannot write the checkpoint {final}: {why}; the previous one is intact. Free some "
             f"space, then: python train.py --resume {out}"
         ) from exc
     saved = sorted(p for p in root.iterdir() if p.name.isdigit())
     for old in saved[:-keep]:
         if int(old.name) != best:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _checksums(directory, sync=False):
+    """{relative name: SHA-256} of the files below `directory`; sync: flush each to the disk."""
+    sums = {}
+    for path in sorted(p for p in directory.rglob("*") if p.name != "sha256.json"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                sums[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+                if sync:
+                    os.fsync(file.fileno())
+        elif sync:
+            sync_directory(path)
+    return sums
 
 
 def load_checkpoint(out, actor_critic):
-    """The newest readable checkpoint: loads the adapters and returns its state. A damaged one is named and passed over."""
+    """The newest readable checkpoint: loads the adapters and returns its state. A damaged one is named and passed over.
+
+    Checksums come first: a flipped bit in the middle of a tensor would load without a complaint.
+    """
     import torch
 
     saved = sorted((p for p in (out / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
     for path in saved:
         try:
+            if json.loads((path / "sha256.json").read_text()) != _checksums(path):
+                raise UserError("a file differs from its checksum")
             state = torch.load(path / "state.pt", weights_only=True)
             actor_critic.load_adapters(path / "adapters")
             return state
-        except (UserError, OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as exc:
-            print(f"warning: {path} is damaged ({type(exc).__name__}); trying the one before", file=sys.stderr)
-    raise UserError(f"{out} holds no readable checkpoint: start the run again without --resume")
+        except Exception as exc:  # readers raise nearly every kind for damaged bytes; whichever it is gets printed
+            reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+            print(f"warning: {path} is damaged ({reason}); trying the one before", file=sys.stderr)
+    raise UserError(f"{out} holds no readable checkpoint: start again with another --out")
+
+
+def restore_directory(out, config, metrics):
+    """Make a run directory that somebody deleted again, from memory: hours of training are worth more than an exit.
+
+    The next checkpoint makes it resumable. Videos, TensorBoard's past and older checkpoints are gone. Moving the
+    directory away amounts to the same.
+    """
+    if not (out / "config.json").exists():
+        print(f"warning: {out} has vanished; writing it again", file=sys.stderr)
+        metrics.close()
+        atomic_write(out / "config.json", config)
+        metrics.open()
+
+
+def save_debug_bundle(out, error, iteration, buffer, actor_critic, optimizers, generators):
+    """What led to a NumericsError, as debug/<iteration>.pt for `torch.load(…, weights_only=True)`. Returns where, in words.
+
+    "quantity", "indices" (t * N + n in the rollout), "minibatch": every field of the buffer at those indices (without
+    indices: of the whole rollout); "trainable": adapters and value head; "not_finite": their names where weight or
+    gradient is not; "optimizers": {name: state}; "generators": {name: state}, torch's global one included.
+    The checkpoint before it is untouched: resuming from it meets the same error again, for a debugger.
+    """
+    import torch
+
+    rows = torch.arange(buffer.size) if error.indices is None else error.indices.cpu()
+    t, n = rows // buffer.num_envs, rows % buffer.num_envs
+    trainable = {name: p for name, p in actor_critic.named_parameters() if p.requires_grad}
+    bad = [k for k, p in trainable.items() if not all(torch.isfinite(x).all() for x in (p, p.grad) if x is not None)]
+    bundle = {
+        "iteration": iteration,
+        "quantity": error.quantity,
+        "indices": rows,
+        "minibatch": {name: x[t, n].cpu() for name, x in vars(buffer).items() if isinstance(x, torch.Tensor)},
+        "trainable": {name: p.detach().cpu() for name, p in trainable.items()},
+        "not_finite": bad,
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "generators": {**generators, "torch": torch.get_rng_state()},
+    }
+    path = out / "debug" / f"{iteration:06d}.pt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(bundle, path)
+    except (OSError, RuntimeError) as exc:  # a full disk: the error that it was for matters more
+        return f"It could not be saved for debugging ({str(exc).strip().splitlines()[0]})"
+    return f"Its mini-batch, weights and optimisers are in {path} (torch.load, weights_only=True)"
 
 
 def to_tensors(tree):

@@ -58,7 +58,10 @@ class Args:
     )
     eval_every: int = field(default=1000, metadata={"help": "steps between measurements and checkpoints", "min": 1})
     threads: int = field(default=0, metadata={"help": "torch threads; 0 = torch's choice", "min": 0})
-    seed: int = field(default=0, metadata={"help": "seed of initial weights, split, order and augmentation"})
+    seed: int = field(
+        default=0,
+        metadata={"help": "seed of initial weights, split, order and augmentation", "min": 0, "max": 2**32 - 1},
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -79,8 +82,8 @@ def group_actions(actions, repeat):
     actions (T, 7), one row per control step -> (T - repeat + 1, 7), one row per possible starting step. This is how an official
     demonstration (20 Hz) trains a policy that acts every `repeat` steps; a delta command held for k steps is their mean.
     """
-    if repeat == 1:
-        return actions
+    if repeat == 1 or len(actions) < repeat:
+        return actions if repeat == 1 else actions[:0]
     windows = np.lib.stride_tricks.sliding_window_view(actions, repeat, axis=0)  # (T - k + 1, 7, k)
     return np.concatenate([windows[:, :6].mean(-1), windows[:, 6:, -1]], axis=1)
 

@@ -21,14 +21,14 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
 import runs
-from common import UserError, atomic_write, main_guard, parse_args, seed_everything
+from common import UserError, atomic_write, main_guard, parse_args, parse_settings, read_json, seed_everything
 
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
@@ -83,17 +83,20 @@ class Args:
         "policy to start from: auto, openvla-tiny, a checkpoint directory or a hub id. auto takes the suite's official "
         "OpenVLA-7B where a GPU with enough memory and the weights are there, else openvla-tiny",
     )
-    reward_model: str = _flag("auto", "RPRM checkpoint directory; auto: the one beside openvla-tiny's policy")
+    reward_model: Optional[str] = _flag("auto", "RPRM checkpoint directory; auto: the one beside openvla-tiny's policy")
     from_scratch: bool = _flag(False, "make openvla-tiny's policy and RPRM first (demos.py, sft.py, reward_model.py)")
     resume: Optional[str] = _flag(None, "run directory to continue; its own settings are used", default="none")
     out: Optional[str] = _flag(None, "run directory", default="runs/SUITE-seedSEED")
-    seed: int = _flag(0, "seed of everything", min=0)
+    seed: int = _flag(0, "seed of everything", min=0, max=2**32 - 1)
     # How much
     total_steps: Optional[int] = _sized("total_steps", "decisions in total, over all environments", min=1)
-    num_envs: Optional[int] = _sized("num_envs", "environments N", min=1)
-    num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1)
+    num_envs: Optional[int] = _sized("num_envs", "environments N", min=1, max=10_000)
+    num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1, max=100_000)
     max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
     num_workers: Optional[int] = _flag(None, "simulator processes", default="one per core", min=1)
+    worker_timeout: float = _flag(
+        60.0, "seconds for one command until a busy simulator process is replaced; one that stands still: 5", min=1
+    )
     render: Optional[str] = _flag(
         None, "simplified or exact meshes", default="exact where a GPU renders, else light", choices=("light", "exact")
     )
@@ -123,7 +126,7 @@ class Args:
         None, "stop a policy update beyond this KL of a mini-batch", default="off", min=0
     )
     # Model
-    lora_rank: int = _flag(32, "rank of the adapters", min=1)
+    lora_rank: int = _flag(32, "rank of the adapters", min=1, max=4096)
     lora_alpha: int = _flag(16, "their scale is alpha / rank", min=1)
     lora_targets: Optional[str] = _sized(
         "lora_targets",
@@ -182,7 +185,7 @@ def choose_model(args):
         return str(tiny), "tiny", "asked for"
     if args.model != "auto":
         config = Path(args.model) / "config.json"
-        small = config.is_file() and "vision_configs" in json.loads(config.read_text())
+        small = config.is_file() and "vision_configs" in read_json(config)
         return args.model, "tiny" if small else "7B", "asked for"
     if not torch.cuda.is_available():
         return str(tiny), "tiny", "no GPU"
@@ -286,11 +289,11 @@ def main():
     resumed = args.resume is not None
     if resumed:
         out = Path(args.resume)
-        try:
-            saved = json.loads((out / "config.json").read_text())
-            args = Args(**{f.name: saved[f.name] for f in fields(Args)})
-        except (OSError, ValueError, KeyError) as exc:
-            raise UserError(f"cannot resume {out}: no readable config.json there ({type(exc).__name__})") from exc
+        args = parse_settings(Args, read_json(out / "config.json"), out / "config.json")
+    else:
+        out = Path(args.out or f"runs/{args.suite}-seed{args.seed}")
+        args.out = str(out)
+    stop = runs.Stop(out)
 
     import torch
 
@@ -298,21 +301,19 @@ def main():
     from envs import Curriculum, LiberoVecEnv
     from eval import evaluate
     from policy import ActorCritic, OpenVLA
-    from ppo import PPOConfig, RolloutBuffer, ppo_update
+    from ppo import NumericsError, PPOConfig, RolloutBuffer, check_finite, ppo_update
     from reward_model import RewardModel, shaping_reward
 
     if not resumed:
-        args.out = args.out or f"runs/{args.suite}-seed{args.seed}"
-        if (Path(args.out) / "config.json").exists():
+        if (out / "config.json").exists():
             raise UserError(
                 f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out"
             )
         if args.from_scratch:
-            args.model, args.reward_model = make_from_scratch(args, Path(args.out) / "start")
+            args.model, args.reward_model = make_from_scratch(args, out / "start")
             args.from_scratch = False
         args, size, reason = resolve(args)
         args.task_ids = sim.check_task_ids(args.suite, args.task_ids)
-        out = Path(args.out)
         for what, path in (
             ("policy", args.model),
             ("reward model", args.reward_model if args.prm_mode != "none" else None),
@@ -324,7 +325,8 @@ def main():
                     f"reward_model.py train --suite {args.suite} --demos data/{args.suite} --out {TINY / args.suite / 'rprm'}`"
                 )
     else:
-        size, reason = choose_model(args)[1], "resumed"
+        args, size, _ = resolve(args)
+        args.task_ids, reason = sim.check_task_ids(args.suite, args.task_ids), "resumed"
     sim.check_egl()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and size == "7B" else torch.float32
@@ -387,8 +389,8 @@ def main():
         seed=args.seed,
         init_states=args.init_states,
         curriculum=curriculum,
+        timeout=args.worker_timeout,
     )
-    stop = runs.Stop()
 
     def measure(model, episodes, video_dir=None):
         per_task = max(1, min(50, episodes // len(args.task_ids)))
@@ -398,7 +400,7 @@ def main():
             args.task_ids,
             per_task,
             envs=envs,
-            on_episode=stop.check,
+            on_step=stop.check,
             temperature=args.eval_temperature,
             whole_vocabulary=args.whole_vocabulary,
             seed=args.seed,
@@ -426,25 +428,21 @@ def main():
     first, best, best_rate, lines = 1, -1, -1.0, []  # no checkpoint is the best before one was evaluated
     if resumed:
         state = runs.load_checkpoint(out, actor_critic)
-        policy_optimizer.load_state_dict(state["policy_optimizer"])
-        critic_optimizer.load_state_dict(state["critic_optimizer"])
-        generator.set_state(state["generator"])
-        for sampler, saved_sampler in zip(samplers, state["samplers"], strict=True):
-            sampler.set_state(saved_sampler)
-        obs = envs.set_state(runs.to_numpy(state["envs"]))
-        first, best, best_rate = state["iteration"] + 1, state["best"], state["best_rate"]
-        for line in (out / "metrics.jsonl").read_text().splitlines():
-            try:
-                m = json.loads(line)
-            except ValueError:
-                break  # half a line: the crash came while it was written
-            if m["iteration"] <= state["iteration"]:
-                lines.append(m)
+        try:
+            policy_optimizer.load_state_dict(state["policy_optimizer"])
+            critic_optimizer.load_state_dict(state["critic_optimizer"])
+            generator.set_state(state["generator"])
+            for sampler, saved_sampler in zip(samplers, state["samplers"], strict=True):
+                sampler.set_state(saved_sampler.clone())  # given a row of a larger tensor, torch 2.13 crashes
+            obs = envs.set_state(runs.to_numpy(state["envs"]))
+            first, best, best_rate = state["iteration"] + 1, state["best"], state["best_rate"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+            raise UserError(f"the checkpoint in {out} does not fit its config.json or this code ({exc!r})") from exc
+        lines = runs.Metrics.read(out, state["iteration"])
         print(f"resumed at iteration {first} of {iterations}")
     else:
-        atomic_write(out / "config.json", json.dumps(asdict(args), indent=1))
         obs, _ = envs.reset(seed=args.seed)
-    metrics_log = runs.Metrics(out, lines)
+    metrics_log, config = runs.Metrics(out, lines), json.dumps(asdict(args), indent=1)
 
     def observe(obs, rows=slice(None), frames=None):
         """Frames and instructions -> what the models read: images (B, P, d) or (B, 6, S, S), input_ids, attention_mask (B, L)."""
@@ -474,7 +472,9 @@ def main():
 
     if not resumed:
         save(0)
+        atomic_write(out / "config.json", config)  # last: a directory that has it can be resumed
     pace = []
+    stop.begin()
 
     # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
     try:
@@ -559,6 +559,7 @@ def main():
                 scores, following = score_rollout(
                     reward_model, buffer, args.prm_mode, last_observation, final_images, shared
                 )
+                check_finite("RPRM score", scores)
                 buffer.prm_scores = scores
                 buffer.rewards += shaping_reward(
                     scores, following, args.prm_mode, args.prm_weight, args.gamma, buffer.terminated
@@ -594,6 +595,7 @@ def main():
                 **{f"time/{k}": v for k, v in times.items()},
                 "charts/SPS": batch / (time.time() - began),
             }
+            runs.restore_directory(out, config, metrics_log)
             if filming and film:
                 ended = buffer.terminated[:, 0].int() - buffer.truncated[:, 0].int()
                 runs.write_video(
@@ -641,10 +643,24 @@ def main():
             }
         runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
         print(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")
+    except NumericsError as exc:
+        optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}
+        generators = {f"slot_{i}": sampler.get_state() for i, sampler in enumerate(samplers)}
+        generators["minibatches"] = generator.get_state()
+        bundle = runs.save_debug_bundle(out, exc, iteration, buffer, actor_critic, optimizers, generators)
+        raise UserError(
+            f"iteration {iteration}: {exc}. {bundle}; the checkpoint before it is intact: try a lower lr in "
+            f"{out}/config.json, then python train.py --resume {out}"
+        ) from exc
+    except BrokenPipeError:  # `python train.py | head`
+        raise
+    except OSError as exc:
+        raise UserError(
+            f"{exc.strerror or exc}: {exc.filename or out}; the newest checkpoint is intact. Once that is mended: "
+            f"python train.py --resume {out}"
+        ) from exc
     except KeyboardInterrupt:
-        print(
-            f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}", file=sys.stderr
-        )
+        print(stop.hint, file=sys.stderr)
         sys.exit(130)
     finally:
         metrics_log.close()

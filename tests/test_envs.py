@@ -329,11 +329,9 @@ def test_lost_worker_is_replaced_and_the_others_keep_their_data(two, capfd, how)
     two.reset(seed=4)
     _assert_same(undisturbed[:2], _rollout(two, 2))
     last_seen = two._s.agentview.copy()
-    two.timeout = 10.0 if how == signal.SIGSTOP else 60.0
     capfd.readouterr()
     os.kill(two.worker_pids[0], how)  # owns slots 0 and 1
     obs, reward, terminated, truncated, info = two.step(_actions(2))
-    two.timeout = 60.0
     assert truncated.tolist() == [True, True, False] == info["worker_restarted"].tolist()
     assert not terminated.any() and not reward.any()
     assert info["started"].tolist() == [True, True, False]
@@ -342,7 +340,7 @@ def test_lost_worker_is_replaced_and_the_others_keep_their_data(two, capfd, how)
     _assert_same(undisturbed[3:], _rollout(two, 5, first=3), slice(2, 3))
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "environment worker 0 (environments 0 to 1)" in lines[0], lines
-    assert ("SIGKILL" if how == signal.SIGKILL else "no answer in time") in lines[0]
+    assert ("SIGKILL" if how == signal.SIGKILL else "stands still") in lines[0]
 
 
 @libero
@@ -456,7 +454,7 @@ def test_bad_actions_are_named_and_nothing_moves(one):
     for value in (np.nan, np.inf):
         actions = np.zeros((N, 7))
         actions[1, 3] = value
-        with pytest.raises(ValueError, match="environment 1 is not finite"):
+        with pytest.raises(UserError, match="environment 1 is not finite"):
             one.step(actions)
     with pytest.raises(ValueError, match=r"shape \(3, 7\)"):
         one.step(np.zeros((2, 7)))
