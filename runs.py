@@ -23,8 +23,8 @@ from common import UserError, atomic_write, sync_directory, wilson_interval
 class Stop:
     """Ctrl-C and SIGTERM set a flag that the loop reads after every decision; a second one ends the process at once."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, say=print):
+        self.requested, self.say = False, say
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._request)
 
@@ -37,7 +37,7 @@ class Stop:
         if self.requested:
             os._exit(128 + number)  # workers leave by themselves when their pipe closes
         self.requested = True
-        print("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
+        self.say("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
