@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import _command, _metrics, models  # noqa: F401 (models is a fixture)
 
 import distributed
 import envs
@@ -268,3 +269,79 @@ def test_only_a_run_younger_than_torchrun_is_continued_unasked(tmp_path, monkeyp
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     path.write_text("{}")
     assert not distributed.restarted_after(path)
+
+
+# train.py under torchrun ---------------------------------------------------------------------------------------------
+
+
+def _again(out, command):
+    """Throw the second iteration away and play it once more. Returns stdout and the metrics."""
+    shutil.rmtree(out / "checkpoints" / "000002")
+    (out / "results.json").unlink()
+    stdout, _ = finish(start(command))
+    assert "resumed at iteration 2 of 2" in stdout
+    return stdout, _metrics(out)
+
+
+def _same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    flags = ("--total-steps", "12", "--keep", "3", "--max-episode-steps", "8", "--critic-warmup", "0", "--final-episodes", "3")
+    stdout, stderr = finish(start([*LAUNCH, *_command(models, out, *flags)[1:]]))
+    two = _metrics(out)
+    results = json.loads((out / "results.json").read_text())
+    assert "on 2 ranks" in stdout and sum(line.startswith("it ") for line in stdout.splitlines()) == 2  # only rank 0 speaks
+    assert [m["charts/decisions"] for m in two] == [6, 12] and all(m["charts/episodes"] == 2 for m in two)
+    for row in results.values():  # each test state once, though neither rank played all
+        assert [(e["task_id"], e["init_state"]) for e in row["episodes"]] == [(0, 0), (0, 1), (0, 2)]
+    assert "Traceback" not in stderr.split("torch.distributed")[0]
+
+    _, one = _again(out, [sys.executable, "train.py", "--resume", str(out)])  # 2 ranks -> 1
+    assert one[0] == two[0]
+    _same(one[1], two[1])
+    steps = {name: row["total"]["mean_steps"] for name, row in json.loads((out / "results.json").read_text()).items()}
+    assert steps == {name: row["total"]["mean_steps"] for name, row in results.items()}
+
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "shard": True}))
+    stdout, sharded = _again(out, [*LAUNCH, "train.py", "--resume", str(out)])  # 1 rank -> 2, and sharded
+    assert "the backbone sharded" in stdout
+    _same(sharded[1], two[1])
+    assert json.loads((out / "results.json").read_text()).keys() == results.keys()
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_last_checkpoint_and_ctrl_c_stops_all(models, tmp_path):  # noqa: F811
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = [*LAUNCH, "--max-restarts", "1", *_command(models, out, "--total-steps", "6000")[1:]]
+    with open(log, "w") as file:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def wait_for(what, seconds=400):
+        deadline = time.time() + seconds
+        while not what():
+            assert time.time() < deadline and run.poll() is None, log.read_text()
+            time.sleep(0.2)
+
+    wait_for((out / "checkpoints" / "000002").exists)
+    ranks = {p.environ()["RANK"]: p for p in psutil.Process(run.pid).children() if "train.py" in p.cmdline()}
+    ranks["1"].kill()
+    wait_for(lambda: "rank 0 of 2: rank 1 is gone without a word" in log.read_text(), 60)
+    wait_for(lambda: "resumed at iteration" in log.read_text())
+    resumed = int(log.read_text().split("resumed at iteration ")[1].split()[0])
+    assert resumed >= 3
+    wait_for((out / "checkpoints" / f"{resumed:06d}").exists)
+    everybody = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGINT)
+    run.wait(60)
+    assert f"Go on with: python train.py --resume {out}" in log.read_text()
+    assert not psutil.wait_procs(everybody, timeout=20)[1]  # no orphan
+    assert [m["iteration"] for m in _metrics(out)] == list(range(1, len(_metrics(out)) + 1))
