@@ -936,7 +936,7 @@ class ActorCritic(nn.Module):
         """Spread the frozen weights of every block over the ranks (FSDP2) and move everything to `device`, this rank's.
 
         A rank keeps 1 / W of each block, and fetches the rest of a block when it is that block's turn, in the forward
-        pass and again in the backward pass. Adapters, value head, embeddings, head and projector (1.2 of 15 GB at 7B)
+        pass and again in the backward pass. Adapters, value head, embeddings, head and projector (0.7 of 15 GB at 7B)
         stay whole on every rank: adapters are what the optimiser steps on and what `World.sum_gradients_` sums.
         The price: every forward pass is a meeting of all ranks, and moves the whole backbone over the wires. So do each
         of the 7 passes that decode an action, because there is no room for a merged copy: LoRA stays unmerged.
