@@ -3,6 +3,7 @@
     python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
     python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
     python bench.py soak --minutes 60                 # training while its workers are killed and stopped at random
+    python bench.py scaling                           # train.py on 1, 2, 4 ... ranks, and a simulation up to 64
 
 `envs` compares four ways to run the same task: the stock environment with its two default cameras, the stock
 environment with `agentview` alone, ours with `exact` pictures and ours with `light` ones. Three rules keep it fair:
@@ -465,6 +466,186 @@ def print_soak(r):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# scaling
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _setting(value, text, **metadata):
+    return field(default=value, metadata={"help": text, **metadata})
+
+
+def _part(text, default="measured"):
+    return _setting(None, text, default=default, min=0.0)
+
+
+@dataclass
+class ScalingArgs:
+    suite: str = _setting("libero_object", "LIBERO suite")
+    task_id: int = _setting(0, "task of that suite", min=0)
+    model: str = _setting("openvla-tiny", "policy, as for train.py")
+    ranks: Optional[list[int]] = _setting(None, "ranks to measure", default="1, 2, 4 ... up to the GPUs, else cores", min=1)
+    envs: int = _setting(4, "environments per rank or GPU", min=1)
+    steps: int = _setting(16, "decisions per environment and rollout", min=1)
+    epochs: int = _setting(1, "passes over each rollout", min=1)
+    minibatch_size: int = _setting(128, "decisions per optimiser step, over all ranks", min=1)
+    iterations: int = _setting(3, "iterations measured, after one to warm up", min=1)
+    measure: bool = _setting(True, "run train.py; without it, all parts below must be given")
+    simulator_ms: Optional[float] = _part("simulation: core-milliseconds of physics and picture per decision")
+    inference_ms: Optional[float] = _part("simulation: milliseconds of a decision, whatever the number of environments")
+    inference_ms_per_env: Optional[float] = _part("simulation: milliseconds of a decision that each environment adds")
+    update_ms: Optional[float] = _part("simulation: milliseconds of the update per decision and epoch")
+    gradient_mb: Optional[float] = _part("simulation: megabytes that an all-reduce sums", "of the model's adapters")
+    cores_per_gpu: Optional[int] = _setting(None, "simulation: CPU cores per GPU", default="this machine's", min=1)
+    bandwidth: float = _setting(10.0, "simulation: gigabytes per second between neighbours in the all-reduce's ring", min=1e-3)
+    latency_us: float = _setting(10.0, "simulation: microseconds per hop of that ring", min=0.0)
+    spread: float = _setting(0.05, "simulation: standard deviation of a rank's rollout time, as a share of it", min=0.0)
+    out: Path = _setting(Path("runs/bench-scaling.json"), "where the numbers go")
+
+
+PARTS = ("simulator_ms", "inference_ms", "inference_ms_per_env", "update_ms", "gradient_mb")
+
+
+def _train_run(args, model, ranks, out):
+    """train.py on so many ranks: means over the measured iterations, in decisions per second and seconds."""
+    flags = dict(suite=args.suite, task_ids=args.task_id, model=model, prm_mode="none", num_envs=ranks * args.envs,
+                 num_steps=args.steps, epochs=args.epochs, minibatch_size=args.minibatch_size, critic_warmup=0,
+                 total_steps=ranks * args.envs * args.steps * (1 + args.iterations), eval_every=0, final_episodes=0,
+                 video_every=0, out=out)
+    command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    run = subprocess.run([sys.executable, *torchrun, "train.py", *command], cwd=Path(__file__).resolve().parent,
+                         capture_output=True, text=True)
+    if run.returncode:
+        said = [line for line in run.stderr.splitlines() if line.startswith("error: ")] or [run.stderr.strip()[-300:]]
+        raise UserError(f"train.py on {ranks} ranks failed: {said[0]}")
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][1:]
+    names = [name for name in lines[0] if name.startswith("time/")] + ["charts/SPS"]
+    return {"ranks": ranks, **{name.split("/")[1]: float(np.mean([line[name] for line in lines])) for name in names}}
+
+
+def _inference_ms(model_path, suite, envs):
+    """Median milliseconds from pictures to tokens and values, for one environment and for `envs`; adapters in MB."""
+    import torch
+
+    import sim
+    from policy import ActorCritic, OpenVLA
+
+    cuda = torch.cuda.is_available()
+    model = OpenVLA.from_pretrained(model_path, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
+    actor_critic = ActorCritic(model, targets="language" if "vision_configs" in model.config else "all")
+    actor_critic.merge_for_rollout()
+    instruction, times = sim.instructions(suite)[0], {}
+    for n in (1, envs):
+        frames = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), np.uint8)
+        seconds = []
+        for _ in range(12):
+            began = time.perf_counter()
+            ids, mask = model.tokenize([instruction] * n)
+            tokens, _, _ = actor_critic.act(ids, mask, pixel_values=model.preprocess(frames).to(model.dtype))
+            tokens.cpu()  # waits for the GPU
+            seconds.append(time.perf_counter() - began)
+        times[n] = 1e3 * float(np.median(seconds[2:]))
+    parameters = {*actor_critic.policy_parameters(), *actor_critic.critic_parameters()}
+    return times[1], times[envs], sum(4 * p.numel() for p in parameters) / 1e6
+
+
+def simulate_iteration(gpus, envs, parts, args, cores):
+    """Seconds of each part of one iteration on `gpus` GPUs with `envs` environments each, and decisions per second.
+
+    Rollouts end together: the expected slowest of G normal times is about sqrt(2 ln G) deviations late. The all-reduce is
+    a ring: 2 (G - 1) / G of the bytes, 2 (G - 1) hops; one per mini-batch, of which train.py makes at most `steps` a pass.
+    """
+    M, batch = args.steps, args.steps * envs * gpus
+    optimiser_steps = args.epochs * min(M, -(-batch // args.minibatch_size))
+    seconds = {
+        "simulator": M * -(-envs // cores) * parts["simulator_ms"] / 1e3,  # environments of the busiest worker
+        "inference": M * (parts["inference_ms"] + envs * parts["inference_ms_per_env"]) / 1e3,
+        "update": args.epochs * M * envs * parts["update_ms"] / 1e3,
+    }
+    rollout = seconds["simulator"] + seconds["inference"]
+    seconds["slowest"] = args.spread * rollout * np.sqrt(2 * np.log(gpus))
+    per_sum = 2 * (gpus - 1) / gpus * parts["gradient_mb"] / 1e3 / args.bandwidth + 2 * (gpus - 1) * args.latency_us / 1e6
+    seconds["all-reduce"] = optimiser_steps * per_sum
+    return {"gpus": gpus, "envs": envs, **seconds, "decisions_per_s": batch / sum(seconds.values())}
+
+
+def balanced_envs(gpus, parts, args, cores, share=0.1):
+    """Fewest environments per GPU at which what does not grow with them is at most `share` of the time; None beyond 1024."""
+    for envs in range(1, 1025):
+        s = simulate_iteration(gpus, envs, parts, args, cores)
+        fixed = args.steps * parts["inference_ms"] / 1e3 + s["all-reduce"]
+        if fixed <= share * args.steps * envs * gpus / s["decisions_per_s"]:
+            return envs
+    return None
+
+
+def scaling(args):
+    """Returns the numbers of `python bench.py scaling` as a dict."""
+    import tempfile
+
+    import torch
+
+    import train
+
+    parts = {name: getattr(args, name) for name in PARTS}
+    missing = [name for name, value in parts.items() if value is None]
+    if missing and not args.measure:
+        raise UserError(f"--no-measure needs all parts; missing: {', '.join('--' + m.replace('_', '-') for m in missing)}")
+    places = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    cores = args.cores_per_gpu or max(1, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count()))
+    measured = []
+    if args.measure:
+        counts = args.ranks or [2**k for k in range(places.bit_length()) if 2**k <= places]
+        if max(counts) > places:
+            raise UserError(f"--ranks {max(counts)}: this machine has {places} {'GPUs' if torch.cuda.is_available() else 'cores'}")
+        with tempfile.TemporaryDirectory() as directory:
+            for ranks in tqdm(counts, desc="train.py", unit="run", leave=False):
+                measured.append(_train_run(args, args.model, ranks, f"{directory}/{ranks}"))
+        one = measured[0]
+        decisions = args.steps * args.envs  # of a rank in an iteration
+        path = str(train.TINY / args.suite / "policy") if args.model == "openvla-tiny" else args.model
+        first, all_of_them, megabytes = _inference_ms(path, args.suite, args.envs)
+        per_env = max(0.0, (all_of_them - first) / max(1, args.envs - 1))
+        found = dict(simulator_ms=1e3 * (one["physics"] + one["render"]) / decisions, inference_ms=max(0.0, first - per_env),
+                     inference_ms_per_env=per_env, update_ms=1e3 * one["update"] / (decisions * args.epochs),
+                     gradient_mb=megabytes)
+        parts = {name: found[name] if value is None else value for name, value in parts.items()}
+    simulated = []
+    for gpus in (1, 2, 4, 8, 16, 32, 64):
+        result = simulate_iteration(gpus, args.envs, parts, args, cores)
+        simulated.append({**result, "balanced_envs": balanced_envs(gpus, parts, args, cores)})
+    return dict(measured=measured, parts=parts, cores_per_gpu=cores, simulated=simulated, settings={
+        name: getattr(args, name) for name in ("envs", "steps", "epochs", "minibatch_size", "bandwidth", "latency_us", "spread")})
+
+
+def print_scaling(r):
+    if r["measured"]:
+        print(f"\nMEASURED: train.py, {r['settings']['envs']} environments per rank, seconds per iteration\n"
+              f"{'ranks':>6s}{'decisions/s':>13s}{'ratio':>7s}{'rollout':>9s}{'inference':>11s}{'slowest rank':>14s}{'update':>8s}")
+        for m in r["measured"]:
+            print(f"{m['ranks']:6d}{m['SPS']:13.1f}{m['SPS'] / r['measured'][0]['SPS']:7.2f}{m['rollout']:9.2f}"
+                  f"{m['inference']:11.2f}{m.get('slowest_rank', 0.0):14.2f}{m['update']:8.2f}")
+    p, s = r["parts"], r["settings"]
+    print(f"\nSIMULATED from these parts: simulator {p['simulator_ms']:.1f} core-ms per decision on {r['cores_per_gpu']} cores per "
+          f"GPU, inference {p['inference_ms']:.1f} + {p['inference_ms_per_env']:.2f} per environment ms,\nupdate "
+          f"{p['update_ms']:.2f} ms per decision, all-reduce of {p['gradient_mb']:.1f} MB at {s['bandwidth']:g} GB/s, "
+          f"{s['latency_us']:g} us per hop; {s['envs']} environments per GPU, {s['steps']} decisions, {s['epochs']} epochs\n"
+          f"{'GPUs':>6s}{'decisions/s':>13s}{'efficiency':>12s}{'simulator':>11s}{'inference':>11s}{'slowest':>9s}{'update':>8s}"
+          f"{'all-reduce':>12s}   most time in  environments per GPU that balance")
+    names = ("simulator", "inference", "slowest", "update", "all-reduce")
+    for x in r["simulated"]:
+        total = sum(x[name] for name in names)
+        share = [f"{100 * x[name] / total:.0f} %" for name in names]
+        efficiency = x["decisions_per_s"] / (x["gpus"] * r["simulated"][0]["decisions_per_s"])
+        print(f"{x['gpus']:6d}{x['decisions_per_s']:13.1f}{100 * efficiency:10.0f} %{share[0]:>11s}{share[1]:>11s}{share[2]:>9s}"
+              f"{share[3]:>8s}{share[4]:>12s}   {max(names, key=x.get):12s}  {x['balanced_envs'] or 'more than 1024'}")
+    one = r["simulated"][0]
+    needed = s["steps"] * s["envs"] * p["simulator_ms"] / 1e3 / (one["inference"] + one["update"])
+    print(f"balance: the fewest environments at which what does not grow with them (launches, all-reduce) takes at most 10 %.\n"
+          f"With {needed:.1f} cores per GPU, the simulator would take as long as inference and update together.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # What all sub-commands share
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -483,6 +664,7 @@ def machine():
 COMMANDS = {
     "envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs),
     "soak": (SoakArgs, "training while its workers are killed at random", soak, print_soak),
+    "scaling": (ScalingArgs, "train.py on several ranks, and a simulation up to 64 GPUs", scaling, print_scaling),
 }
 
 

@@ -248,7 +248,7 @@ class _Worker:
         s = self.shared
         task_id, init, seed, number = (int(x) for x in s.assignment[i])
         episode = self.load(i, task_id)
-        rng = np.random.default_rng([seed, i, number])
+        rng = np.random.default_rng([seed, self.config["first_slot"] + i, number])
         if init == RANDOM_PROTOCOL_STATE:
             init = int(rng.integers(episode.sim.num_init_states))
         t0 = time.perf_counter()
@@ -508,6 +508,8 @@ class LiberoVecEnv(VectorEnv):
     timeout: seconds that a worker may take for one command before it is replaced. One that stands still (stopped, or a
         deadlock: no processor time) is noticed after about HANG_CHECKS seconds.
     egl_devices: EGL device numbers, given to the workers in turn (default: leave the choice to EGL).
+    first_slot: number of the first slot among those of all ranks. Random choices come from this number, so an episode is
+        the same whichever rank plays it.
 
     Observation: {"agentview": (N, 256, 256, 3) uint8, upright as OpenVLA expects it, "task_id": (N,) int64,
     "instruction": list of N strings}. The pictures are *views* of the shared block: the next step overwrites them.
@@ -520,7 +522,7 @@ class LiberoVecEnv(VectorEnv):
 
     def __init__(self, suite, num_envs, task_ids=None, *, action_repeat=1, max_steps=None, render="light",
                  num_workers=None, seed=0, init_states="random", curriculum=None, autoreset=True, tasks_per_worker=None,
-                 progress=True, timeout=60.0, egl_devices=None):
+                 progress=True, timeout=60.0, egl_devices=None, first_slot=0):
         import sim  # here, because workers import this file too and report a failing import of sim as one line
 
         task_ids = [int(t) for t in sim.check_task_ids(suite, task_ids)]
@@ -545,7 +547,7 @@ class LiberoVecEnv(VectorEnv):
 
         self.suite, self.num_envs, self.task_ids, self.render_quality = suite, num_envs, task_ids, render
         self.action_repeat, self.max_steps, self.timeout = action_repeat, max_steps, timeout  # may change between steps
-        self.seed, self.autoreset = seed, autoreset
+        self.seed, self.autoreset, self.first_slot = seed, autoreset, first_slot
         self.curriculum = Curriculum(task_ids, "uniform") if curriculum is None else curriculum
         self._init_code = RANDOM_PLACEMENT if init_states == "random" else RANDOM_PROTOCOL_STATE
         self._instructions = sim.instructions(suite)
@@ -563,6 +565,7 @@ class LiberoVecEnv(VectorEnv):
         self._egl_devices = egl_devices
         self.num_restarts = 0  # workers replaced so far
         self._config = {"parent": os.getpid(), "suite": suite, "num_envs": num_envs, "render": render,
+                        "first_slot": first_slot,
                         "autoreset": autoreset, "tasks_per_worker": tasks_per_worker, "shared_fd": shared_fd}
         shares = np.array_split(np.arange(num_envs), min(num_envs, num_workers))
         self._workers = [_Handle(w, share.tolist()) for w, share in enumerate(shares)]
@@ -686,7 +689,7 @@ class LiberoVecEnv(VectorEnv):
     def _draw_next(self, i):
         """Let the curriculum choose what slot i plays after the running episode."""
         number = int(self._episode[i]) + 1
-        rng = np.random.default_rng([self.seed, i, number, 1])  # 1: not the generator that places the objects
+        rng = np.random.default_rng([self.seed, self.first_slot + i, number, 1])  # 1: not the generator that places the objects
         self._s.assignment[i] = self.curriculum.sample(rng), self._init_code, self.seed, number
         self._asked_next[i], self._drawn_at[i] = False, self.curriculum.num_updates
 
@@ -875,3 +878,37 @@ class LiberoVecEnv(VectorEnv):
             handle.send(("set_state", handle.slots, arrays), self.timeout)
         self._await(range(self.num_envs))
         return self._observation(slice(None))
+
+
+def merge_states(states):
+    """`get_state()` of every rank, in the order of their slots -> the state of one LiberoVecEnv with all of them."""
+    merged, first = {}, 0
+    for state in states:
+        for key, x in state.items():
+            if key.startswith("sim_"):
+                merged[f"sim_{first + int(key[4:])}"] = x
+            elif key == "seed" or key == "settings" or key.startswith("curriculum_"):  # the same everywhere
+                merged[key] = x
+            else:
+                merged[key] = np.concatenate([merged[key], x]) if key in merged else x
+        first += len(state["parked"])
+    merged["settings"] = _with_num_envs(merged["settings"], first)
+    return merged
+
+
+def split_state(state, slots):
+    """The part of a state that belongs to the consecutive `slots` (a range): inverse of `merge_states`."""
+    part = {}
+    for key, x in state.items():
+        if key.startswith("sim_"):
+            if int(key[4:]) in slots:
+                part[f"sim_{int(key[4:]) - slots.start}"] = x
+        else:
+            part[key] = x if key == "seed" or key.startswith("curriculum_") else x[slots.start : slots.stop]
+    part["settings"] = _with_num_envs(state["settings"], len(slots))
+    return part
+
+
+def _with_num_envs(settings, num_envs):
+    settings = json.loads(bytes(np.asarray(settings))) | {"num_envs": num_envs}
+    return np.frombuffer(json.dumps(settings).encode(), np.uint8).copy()

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+import distributed
 from common import UserError, atomic_write, main_guard, parse_args, progress_bar, safe_name, wilson_interval
 from envs import NUM_INIT_STATES, LiberoVecEnv
 
@@ -107,13 +108,16 @@ class EvalResult:
 
 def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=0.0,
              whole_vocabulary=False, seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None,
-             video=0, video_dir=None, progress=True):
+             video=0, video_dir=None, progress=True, world=None, in_step=False):
     """Run protocol states 0 to episodes_per_task - 1 of every task. Returns EvalResult.
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
     afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier
     call to keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first
     so many initial states.
+    world: distributed.World when several ranks share the work: each plays every size-th missing episode, has `num_envs /
+    size` environments of its own, and returns the episodes of all. in_step: the model is sharded, so that each of its
+    forward passes needs all ranks: those that are done keep computing until the last one is.
     """
     import sim
 
@@ -122,13 +126,15 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
         raise UserError(f"episodes per task must be 1 to {NUM_INIT_STATES}, not {episodes_per_task}")
     wanted = {(t, i) for t in task_ids for i in range(episodes_per_task)}
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
-    result = EvalResult(suite, sim.instructions(suite), kept)
-    queue = deque(sorted(wanted - {(e["task_id"], e["init_state"]) for e in kept}))
-    if not queue:
-        return result
+    result = EvalResult(suite, sim.instructions(suite), list(kept))
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    queue = deque(share_of_episodes(wanted - {(e["task_id"], e["init_state"]) for e in kept}, rank, ranks))
+    if not queue and not in_step:
+        return _merged(result, kept, world)
     if envs is None:
-        tasks, n = sorted({t for t, _ in queue}), min(num_envs, len(queue))
-        envs = LiberoVecEnv(suite, n, tasks, action_repeat=model.action_repeat, render=render, progress=progress)
+        tasks, n = sorted({t for t, _ in queue}), min(max(1, num_envs // ranks), len(queue))
+        envs = LiberoVecEnv(suite, n, tasks, action_repeat=model.action_repeat, render=render, progress=progress,
+                            **(world.simulators() if world else {}))
         ready = contextlib.closing(envs)
     elif (envs.suite, envs.action_repeat) == (suite, model.action_repeat):
         ready = _borrowed(envs, sim.max_steps(suite))
@@ -136,8 +142,22 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
         raise UserError(f"the environments play {envs.suite} with action repeat {envs.action_repeat}, "
                         f"the evaluation wants {suite} with {model.action_repeat}")
     decide = functools.partial(_decide, model, temperature, whole_vocabulary)
+    together = world.any if in_step else bool
     with ready:
-        _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress)
+        _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress, together)
+    return _merged(result, kept, world)
+
+
+def share_of_episodes(missing, rank, ranks):
+    """What this rank plays of the `missing` (task, initial state) pairs. One by one in turn: tasks differ in length."""
+    return sorted(missing)[rank::ranks]
+
+
+def _merged(result, kept, world):
+    """Episodes of all ranks; `kept` is known to each of them and counts once."""
+    if world:
+        played = world.gather(result.episodes[len(kept) :])
+        result.episodes = kept + [episode for part in played for episode in part]
     return result
 
 
@@ -163,8 +183,11 @@ def _decide(model, temperature, whole_vocabulary, frames, instructions, generato
     return model.decode_actions(tokens, suite)
 
 
-def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress):
-    """Play every (task, initial state) of `queue` and append what happened to `result.episodes`."""
+def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress, together):
+    """Play every (task, initial state) of `queue` and append what happened to `result.episodes`.
+
+    together(busy): is anybody still busy? `bool`, or where ranks must compute in step, `World.any`.
+    """
     n, known = envs.num_envs, len(result.episodes)
     bar = progress_bar(total=known + len(queue), initial=known, desc=f"evaluating {result.suite}", unit="episode",
                disable=not progress, leave=False)
@@ -175,7 +198,7 @@ def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_d
     movie = [[] for _ in range(n)]
     actions = np.zeros((n, 7))
     with bar:
-        while envs.active.any() or queue:
+        while together(bool(envs.active.any() or queue)):
             rows = np.flatnonzero(envs.active)  # (B,)
             for i in rows:
                 if playing[i][1] < video:
@@ -183,6 +206,8 @@ def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_d
             if len(rows):
                 instructions, generators = [obs["instruction"][i] for i in rows], [sampler[i] for i in rows]
                 actions[rows] = decide(obs["agentview"][rows], instructions, generators, result.suite)
+            elif together is not bool:  # done here: compute something, for the others' sake
+                decide(obs["agentview"][:1], obs["instruction"][:1], [_generator(seed, (0, 0))], result.suite)
             # Whoever ends in this step needs its next episode now. Offer the head of the queue to parked slots first
             # (they begin at once), then to the running ones; offers that nobody took up stay in the queue.
             order = np.argsort(envs.active, kind="stable").tolist()
@@ -266,7 +291,7 @@ class EpisodeLog:
     """`episodes.jsonl`: one line of settings, then one line per finished episode, each synced to the disk."""
 
     def __init__(self, path, settings):
-        self.path, self.episodes = path, []
+        self.path, self.settings, self.episodes = path, settings, []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "a+b")
@@ -293,6 +318,15 @@ class EpisodeLog:
                 f"choose another --out or delete the file"
             )
 
+    def absorb(self):
+        """Take over what other ranks logged, each in a file of its own beside this one (also in an earlier attempt)."""
+        for path in sorted(self.path.parent.glob("episodes-rank*.jsonl")):
+            for episode in EpisodeLog(path, self.settings).episodes:
+                if episode not in self.episodes:
+                    self.episodes.append(episode)
+                    self.append(episode)
+            path.unlink()
+
     def append(self, line):
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
@@ -300,8 +334,10 @@ class EpisodeLog:
 
 
 @main_guard
+@distributed.ends_together
 def main():
     args = parse_args(Args, "Success rates of a policy under the LIBERO protocol.")
+    world = distributed.join()
     import torch
 
     import sim
@@ -309,10 +345,10 @@ def main():
 
     sim.check_task_ids(args.suite, args.task_ids)  # before the slow things
     args.render = args.render or sim.default_render()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    device = "cpu" if args.device == "cpu" else world.device
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = OpenVLA.from_pretrained(args.checkpoint, dtype=getattr(torch, dtype), device=device).eval()
     model.decode_actions(np.full((1, 7), model.action_tokenizer.first), args.suite)  # has statistics for this suite?
 
@@ -322,19 +358,29 @@ def main():
         whole_vocabulary=args.whole_vocabulary, seed=args.seed if args.temperature > 0 else None, render=args.render,
         dtype=dtype, action_repeat=model.action_repeat, max_steps=sim.max_steps(args.suite),
     )
-    log = EpisodeLog(out / "episodes.jsonl", settings)
-    if not args.json:
+    log, finished = None, None
+    if world.first:
+        log = EpisodeLog(out / "episodes.jsonl", settings)
+        log.absorb()
+        finished = log.episodes
+    finished = world.gather(finished)[0]
+    log = log or EpisodeLog(out / f"episodes-rank{world.rank}.jsonl", settings)
+    if world.first and not args.json:
         print(f"{args.checkpoint} on {args.suite}, {device} {dtype}, render {args.render}; results in {out}")
     began = time.time()
     try:
         result = evaluate(
             model, args.suite, args.task_ids, args.episodes_per_task, args.num_envs, temperature=args.temperature,
-            whole_vocabulary=args.whole_vocabulary, seed=args.seed, render=args.render, finished=log.episodes,
-            on_episode=log.append, video=args.video, video_dir=out / "videos",
+            whole_vocabulary=args.whole_vocabulary, seed=args.seed, render=args.render, finished=finished,
+            on_episode=log.append, video=args.video, video_dir=out / "videos", progress=world.first, world=world,
         )
     except KeyboardInterrupt:
+        world.check_others()
         print(f"finished episodes are in {log.path}; the same command goes on from there", file=sys.stderr)
         raise
+    if not world.first:
+        return
+    log.absorb()
     summary = {"checkpoint": args.checkpoint, "settings": settings, "arguments": dataclasses.asdict(args)}
     summary |= {"seconds": round(time.time() - began, 1), **result.to_dict()}
     atomic_write(out / "results.json", json.dumps(summary, indent=1) + "\n")

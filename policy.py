@@ -905,6 +905,7 @@ class ActorCritic(nn.Module):
         self._switched = [p for name, p in model.named_parameters() if "lora_" in name]
         self._active = None
         self._merged, self._merged_is_current = [None], False  # in a list: not a submodule, so not in state_dict
+        self.sharded = False
         self._use("policy")
 
     def _use(self, adapter):
@@ -981,6 +982,56 @@ class ActorCritic(nn.Module):
                                    patch_embeddings=patch_embeddings)
         return self.value_head(state.float())[:, 0]
 
+    # ---- a backbone spread over several GPUs -----------------------------------------------------------------------
+
+    def shard(self, device):
+        """Spread the frozen weights of every block over the ranks (FSDP2) and move everything to `device`, this rank's.
+
+        A rank keeps 1 / W of each block, and fetches the rest of a block when it is that block's turn, in the forward
+        pass and again in the backward pass. Adapters, value head, embeddings, head and projector (0.7 of 15 GB at 7B)
+        stay whole on every rank: adapters are what the optimiser steps on and what `World.sum_gradients_` sums.
+        The price: every forward pass is a meeting of all ranks, and moves the whole backbone over the wires. So do each
+        of the 7 passes that decode an action, because there is no room for a merged copy: LoRA stays unmerged.
+        Give the model on the CPU; one block at a time moves to the device, where the whole need not fit.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+
+        kind = torch.device(device).type
+        mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+        for model in (self.model, *([self.critic_model] if self.critic_model is not None else [])):
+            towers = model.vision_backbone
+            blocks = (towers.featurizer.blocks, towers.fused_featurizer.blocks, model.language_model.model.layers)
+            for block in (block for group in blocks for block in group):
+                adapters = {p for name, p in block.named_parameters() if "lora_" in name}
+                # Each block is a root of its own, and a root would keep its weights gathered if not told otherwise.
+                fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+        for parameter in self.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
+        self.sharded = True
+
+    def evaluation_model(self):
+        """The current policy as an OpenVLA to evaluate: a merged copy, or where there is no room for one the model itself."""
+        if not self.sharded:
+            return self.merge_policy()
+        self._use("policy")
+        return self.model
+
+    @contextlib.contextmanager
+    def start_policy(self):
+        """The model as it was before training: with its adapters switched off."""
+        for layer in self._layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield self.model
+        finally:
+            for layer in self._layers.values():
+                layer.enable_adapters(True)
+            for parameter in self._switched:
+                parameter.requires_grad_(True)
+
     # ---- merging and files -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -992,9 +1043,13 @@ class ActorCritic(nn.Module):
         drifts with every rollout would drift the critic too. Weights without an adapter are shared with this model.
         into: an earlier result of this method, refreshed in place (same memory, so compiled code and CUDA graphs
         stay valid).
+        A sharded model is gathered into host memory, one tensor at a time; all ranks must call this then.
         """
         source, merged = self.model, into
         base = {name.replace(".base_layer.", "."): p for name, p in source.named_parameters() if "lora_" not in name}
+        if self.sharded:
+            base = {name: nn.Parameter((p.full_tensor() if hasattr(p, "full_tensor") else p).cpu(), requires_grad=False)
+                    for name, p in base.items()}
         if merged is None:
             with torch.device("meta"):
                 merged = OpenVLA(source.config)
@@ -1003,7 +1058,7 @@ class ActorCritic(nn.Module):
             merged.requires_grad_(False)
         for name, layer in self._layers.items():
             weight, module = base[f"{name}.weight"], merged.get_submodule(name)
-            total = (weight.float() + layer.get_delta_weight("policy").float()).to(weight.dtype)
+            total = (weight.float() + layer.get_delta_weight("policy").to(weight.device).float()).to(weight.dtype)
             if into is None:
                 module.weight = nn.Parameter(total, requires_grad=False)
             else:

@@ -311,7 +311,7 @@ def explained_variance(values, returns):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, train_policy, generator):
+def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, train_policy, generator, world=None):
     """One PPO update on a finished rollout (the last lines of Algorithm 1).
 
     actor_critic needs, for B transitions with the observation keywords of `RolloutBuffer.batch`:
@@ -321,7 +321,10 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     train_policy: False during critic warm-up, when only the critic learns, on rollouts of the imitation policy: a
         policy that follows the advantages of an untrained critic forgets what it knew (80.0 instead of 90.2 % in
         Table 2).
-    generator: CPU torch.Generator of the mini-batch order.
+    generator: CPU torch.Generator of the mini-batch order; on every rank in the same state.
+    world: distributed.World when several ranks hold a part of the environments each (`buffer` is this rank's), or None.
+        Every rank draws the order of all environments and works on its own; losses are divided by the size of the whole
+        mini-batch and gradients are summed, so the update is the one that a single process would make.
 
     Policy and critic may share parameters. Those belong in `policy_parameters()`: both losses add to their gradient,
     and in a critic-only update they stay where they are.
@@ -331,7 +334,10 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     """
     check_finite("advantage", buffer.advantages)
     check_finite("return", buffer.returns)
-    advantages = normalize_advantages(buffer.advantages) if cfg.normalize_advantages else buffer.advantages
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    advantages = buffer.advantages
+    if cfg.normalize_advantages:
+        advantages = normalize_advantages(advantages, world and world.sum_)
     advantages = advantages.flatten()
     policy_parameters = list(actor_critic.policy_parameters())
     critic_parameters = list(actor_critic.critic_parameters())
@@ -342,7 +348,8 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     kl_stop = False
 
     for _ in range(cfg.epochs):
-        for minibatch in minibatches(*buffer.rewards.shape, cfg.minibatch_size, generator):
+        for whole in minibatches(buffer.num_steps, buffer.num_envs * ranks, cfg.minibatch_size, generator):
+            minibatch = own_part(whole, buffer.num_envs, rank, ranks)
             policy_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.zero_grad(set_to_none=True)
             update_policy = train_policy and not kl_stop
@@ -351,7 +358,7 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
             for micro in minibatch.split(cfg.micro_batch_size):
                 observation, tokens, old_log_probs, old_values, returns = buffer.batch(micro, device)
                 # Each loss is a mean over the mini-batch: sums over micro-batches, divided by the size of the whole.
-                weight = 1 / len(minibatch)
+                weight = 1 / len(whole)
 
                 # The policy's backward pass comes before the critic's forward pass: an actor-critic may switch
                 # adapters in place between the two, and only one graph has to fit in memory.
@@ -386,6 +393,10 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
                 total.backward()
                 _add(meters, "losses/value_loss", loss.detach().sum(), len(micro))
 
+            if world:
+                if cfg.target_kl is not None and update_policy:  # all ranks decide alike
+                    minibatch_kl = float(world.sum_(torch.tensor(minibatch_kl, dtype=torch.float64)))
+                world.sum_gradients_([*policy_parameters, *critic_parameters])
             # Trust region, second line of defence: the clip bounds what the loss rewards, not how far Adam walks.
             if update_policy and cfg.target_kl is not None and minibatch_kl > cfg.target_kl:
                 kl_stop, update_policy = True, False  # the critic goes on: regression needs no trust region
@@ -403,8 +414,14 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     # Free the gradients: the rollout that follows needs the memory and not them.
     policy_optimizer.zero_grad(set_to_none=True)
     critic_optimizer.zero_grad(set_to_none=True)
+    values, returns = buffer.values, buffer.returns
+    if world:
+        parts = world.gather((meters, first_ratio_error, values, returns))
+        meters = {name: tuple(map(sum, zip(*(part[0][name] for part in parts), strict=True))) for name in meters}
+        first_ratio_error = max(part[1] for part in parts)
+        values, returns = (torch.cat([part[k] for part in parts], dim=1) for k in (2, 3))
     metrics = {name: total / count for name, (total, count) in meters.items()}
-    metrics["losses/explained_variance"] = explained_variance(buffer.values, buffer.returns)
+    metrics["losses/explained_variance"] = explained_variance(values, returns)
     if train_policy:
         metrics["losses/first_ratio_error"] = first_ratio_error
         metrics["losses/policy_steps"] = policy_steps
@@ -423,6 +440,17 @@ def minibatches(T, N, size, generator):
     order = torch.stack([torch.randperm(T, generator=generator) for _ in range(N)], dim=1)  # (T, N): decision t of n
     count = min(T, -(-T * N // size))
     return [(t * N + torch.arange(N)).flatten() for t in order.tensor_split(count)]
+
+
+def own_part(whole, num_envs, rank, ranks):
+    """A mini-batch over all environments -> this rank's decisions in it, as flat indices into its own rollout.
+
+    Every rank has num_envs environments, one after the other, and as mini-batches take the same number of decisions of
+    every environment, all ranks get parts of the same size: the same number of micro-batches, in step with each other.
+    """
+    t, n = whole // (num_envs * ranks), whole % (num_envs * ranks) - rank * num_envs
+    mine = (n >= 0) & (n < num_envs)
+    return t[mine] * num_envs + n[mine]
 
 
 def _add(meters, name, total, count):

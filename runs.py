@@ -35,9 +35,10 @@ class Stop:
 
     GRACE = 15.0  # seconds from the first signal until the process ends wherever it is
 
-    def __init__(self, out):
+    def __init__(self, out, say=print):
         self.hint = f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}"
         self.begun = self.requested = False
+        self.say = say  # of several ranks, one speaks
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._request)
 
@@ -58,10 +59,10 @@ class Stop:
         late = threading.Timer(self.GRACE, self._leave)
         late.daemon = True
         late.start()
-        print("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
+        self.say("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
 
     def _leave(self):
-        print(self.hint, file=sys.stderr, flush=True)
+        self.say(self.hint, file=sys.stderr, flush=True)
         os._exit(130)
 
 
@@ -415,8 +416,8 @@ def restore_directory(out, config, metrics):
         metrics.open()
 
 
-def save_debug_bundle(out, error, iteration, buffer, actor_critic, optimizers, generators):
-    """What led to a NumericsError, as debug/<iteration>.pt for `torch.load(…, weights_only=True)`. Returns where, in words.
+def save_debug_bundle(path, error, iteration, buffer, actor_critic, optimizers, generators):
+    """What led to a NumericsError, as a file for `torch.load(…, weights_only=True)`. Returns where, in words.
 
     "quantity", "indices" (t * N + n in the rollout), "minibatch": every field of the buffer at those indices (without
     indices: of the whole rollout); "trainable": adapters and value head; "not_finite": their names where weight or
@@ -439,7 +440,6 @@ def save_debug_bundle(out, error, iteration, buffer, actor_critic, optimizers, g
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "generators": {**generators, "torch": torch.get_rng_state()},
     }
-    path = out / "debug" / f"{iteration:06d}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(bundle, path)

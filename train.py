@@ -12,10 +12,13 @@ Read `main` from top to bottom; it is the algorithm:
 
     python train.py --suite libero_object                   # openvla-tiny, CPU, no download
     python train.py --resume runs/libero_object-seed0       # go on exactly where a run stopped
+    torchrun --nproc-per-node 8 train.py --num-envs 80      # the same on 8 GPUs (distributed.py, README: Many GPUs)
 
 A "decision" is one action of the policy: `action_repeat` control steps of the simulator (4 for openvla-tiny, 1 for 7B).
 """
 
+import contextlib
+import functools
 import json
 import math
 import subprocess
@@ -27,6 +30,7 @@ from typing import Optional
 
 import numpy as np
 
+import distributed
 import runs
 from common import UserError, atomic_write, main_guard, parse_args, parse_settings, read_json, seed_everything
 
@@ -90,12 +94,18 @@ class Args:
     seed: int = _flag(0, "seed of everything", min=0, max=2**32 - 1)
     # How much
     total_steps: Optional[int] = _sized("total_steps", "decisions in total, over all environments", min=1)
-    num_envs: Optional[int] = _sized("num_envs", "environments N", min=1, max=10_000)
+    num_envs: Optional[int] = _sized("num_envs", "environments N, over all ranks", min=1, max=10_000)
     num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1, max=100_000)
     max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
-    num_workers: Optional[int] = _flag(None, "simulator processes", default="one per core", min=1)
+    num_workers: Optional[int] = _flag(None, "simulator processes of a rank", default="one per core", min=1)
     worker_timeout: float = _flag(
         60.0, "seconds for one command until a busy simulator process is replaced; one that stands still: 5", min=1
+    )
+    egl_devices: Optional[list[int]] = _flag(
+        None, "EGL devices that render, shared out among a machine's ranks", default="a rank's own GPU", min=0
+    )
+    shard: bool = _flag(
+        False, "spread the frozen backbone over the ranks (FSDP2), for a GPU that cannot hold it; with one rank nothing changes"
     )
     render: Optional[str] = _flag(
         None, "simplified or exact meshes", default="exact where a GPU renders, else light", choices=("light", "exact")
@@ -115,7 +125,7 @@ class Args:
     critic_warmup: int = _flag(5, "first iterations that train the critic only", min=0)
     epochs: Optional[int] = _sized("epochs", "passes over each rollout", min=1)
     minibatch_size: Optional[int] = _sized("minibatch_size", "decisions per optimiser step", min=1)
-    micro_batch_size: Optional[int] = _sized("micro_batch_size", "decisions per backward pass (memory only)", min=1)
+    micro_batch_size: Optional[int] = _sized("micro_batch_size", "decisions per backward pass and rank (memory only)", min=1)
     clip: float = _flag(0.2, "PPO clip of the action-level ratio (Eq. 2)", min=0)
     value_clip: float = _flag(0.2, "clip of the value's change per update; 0 turns it off", min=0)
     gamma: float = _flag(0.99, "discount per decision", min=0, max=1)
@@ -276,16 +286,29 @@ def score_rollout(reward_model, buffer, mode, last_observation, final_images, sh
     return scores, following
 
 
+def in_one_order(parts):
+    """Curriculum outcomes of all ranks, each a list of (decision t, outcome), in the order that one process would count them:
+    by decision, then by environment. Ranks come in the order of their environments, and sorting keeps the order of equals."""
+    return [outcome for _, outcome in sorted((x for part in parts for x in part), key=lambda x: x[0])]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @main_guard
+@distributed.ends_together
 def main():
     args = parse_args(
         Args, "VLA-RL: PPO on the action tokens of OpenVLA in LIBERO, with a process reward model and a curriculum."
     )
+    world = distributed.join()
+    say = functools.partial(print, flush=True) if world.first else lambda *_, **__: None
+    out = Path(args.out or f"runs/{args.suite}-seed{args.seed}")
+    restarted = distributed.restarted_after(out / "config.json")  # by torchrun, after a rank had died
+    if restarted and args.resume is None and any(p.name.isdigit() for p in (out / "checkpoints").glob("*")):
+        args.resume = str(out)
     resumed = args.resume is not None
     if resumed:
         out = Path(args.resume)
@@ -293,23 +316,25 @@ def main():
     else:
         out = Path(args.out or f"runs/{args.suite}-seed{args.seed}")
         args.out = str(out)
-    stop = runs.Stop(out)
+    stop = runs.Stop(out, say)
 
     import torch
 
     import sim
-    from envs import Curriculum, LiberoVecEnv
+    from envs import Curriculum, LiberoVecEnv, merge_states, split_state
     from eval import evaluate
     from policy import ActorCritic, OpenVLA
     from ppo import NumericsError, PPOConfig, RolloutBuffer, check_finite, ppo_update
     from reward_model import RewardModel, shaping_reward
 
     if not resumed:
-        if (out / "config.json").exists():
+        if (out / "config.json").exists() and not restarted:
             raise UserError(
                 f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out"
             )
         if args.from_scratch:
+            if world.size > 1:
+                raise UserError("--from-scratch runs on one process: make the checkpoints with `python` first")
             args.model, args.reward_model = make_from_scratch(args, out / "start")
             args.from_scratch = False
         args, size, reason = resolve(args)
@@ -328,16 +353,18 @@ def main():
         args, size, _ = resolve(args)
         args.task_ids, reason = sim.check_task_ids(args.suite, args.task_ids), "resumed"
     sim.check_egl()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and size == "7B" else torch.float32
+    device, shard = world.device, args.shard and world.size > 1
+    dtype = torch.bfloat16 if device != "cpu" and size == "7B" else torch.float32
     render = args.render or sim.default_render()
+    slots = world.share(args.num_envs)  # the environments of this rank, in the numbering of all
+    num_envs = len(slots)
     seed_everything(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # mini-batch order
     # Action sampling: one generator per environment, so that no environment's luck depends on the others.
-    samplers = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(args.num_envs)]
+    samplers = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in slots]
 
     # ---- models ------------------------------------------------------------------------------------------------------
-    policy_base = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
+    policy_base = OpenVLA.from_pretrained(args.model, dtype=dtype, device="cpu" if shard else device)
     policy_base.decode_actions(
         np.zeros((1, 7), int), args.suite
     )  # no action statistics of this suite: fail here, not after minutes
@@ -345,6 +372,9 @@ def main():
     actor_critic = ActorCritic(
         policy_base, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
     )
+    if shard:
+        actor_critic.shard(device)
+    world.copy_from_first_([*actor_critic.policy_parameters(), *actor_critic.critic_parameters()])
     policy_optimizer = torch.optim.AdamW(actor_critic.policy_parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(
         actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0
@@ -360,6 +390,7 @@ def main():
             )
 
     # ---- environments ------------------------------------------------------------------------------------------------
+    world.barrier()  # every rank has seen whether there is a run already
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -367,29 +398,31 @@ def main():
     batch = args.num_envs * args.num_steps
     iterations = max(1, math.ceil(args.total_steps / batch))
     trainable = sum(p.numel() for p in actor_critic.policy_parameters()) / 1e6
-    print(
+    ranks = "" if world.size == 1 else f" on {world.size} ranks" + ", the backbone sharded" * shard
+    say(
         f"VLA-RL  {args.suite}, tasks {','.join(map(str, args.task_ids))}\n"
-        f"  policy     {args.model} ({size}: {reason}), {trainable:.2f} M adapter parameters on {args.lora_targets} layers, {device}\n"
+        f"  policy     {args.model} ({size}: {reason}), {trainable:.2f} M adapter parameters on {args.lora_targets} layers, {device}{ranks}\n"
         f"  reward     sparse{'' if reward_model is None else f' + {args.prm_weight} x RPRM ({args.prm_mode})'}   curriculum {args.curriculum}, tau {args.curriculum_tau}\n"
         f"  rollout    {args.num_envs} environments x {args.num_steps} decisions of {policy_base.action_repeat} control steps, "
         f"temperature {args.temperature}, episodes cut at {args.max_episode_steps} control steps, {render} rendering\n"
         f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g}, {args.epochs} epochs of mini-batches of "
-        f"{args.minibatch_size}, warm-up {args.critic_warmup}\n  output     {out}",
-        flush=True,
+        f"{args.minibatch_size}, warm-up {args.critic_warmup}\n  output     {out}"
     )
     curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau, deferred=True)
     envs = LiberoVecEnv(
         args.suite,
-        args.num_envs,
+        num_envs,
         args.task_ids,
         action_repeat=policy_base.action_repeat,
         max_steps=args.max_episode_steps,
         render=render,
-        num_workers=args.num_workers,
         seed=args.seed,
         init_states=args.init_states,
         curriculum=curriculum,
         timeout=args.worker_timeout,
+        first_slot=slots.start,
+        progress=world.first,
+        **world.simulators(args.num_workers, args.egl_devices),
     )
 
     def measure(model, episodes, video_dir=None):
@@ -406,14 +439,16 @@ def main():
             seed=args.seed,
             video=int(video_dir is not None),
             video_dir=video_dir,
-            progress=sys.stderr.isatty(),
+            progress=world.first and sys.stderr.isatty(),
+            world=world,
+            in_step=shard,
         )
 
     # ---- state of the run --------------------------------------------------------------------------------------------
     image_kind = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
     S, d = policy_base.image_size, policy_base.text["hidden_size"]
     shape = (policy_base.num_patches, d) if actor_critic.vision_frozen else (6, S, S)
-    buffer = RolloutBuffer(args.num_steps, args.num_envs, shape, image_kind, image_dtype=dtype)
+    buffer = RolloutBuffer(args.num_steps, num_envs, shape, image_kind, image_dtype=dtype)
     cfg = PPOConfig(
         temperature=args.temperature,
         epochs=args.epochs,
@@ -432,26 +467,33 @@ def main():
             policy_optimizer.load_state_dict(state["policy_optimizer"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
             generator.set_state(state["generator"])
-            for sampler, saved_sampler in zip(samplers, state["samplers"], strict=True):
+            for sampler, saved_sampler in zip(samplers, state["samplers"][slots.start : slots.stop], strict=True):
+                # (Saved for all environments: the number of ranks may be another one now.)
                 sampler.set_state(saved_sampler.clone())  # given a row of a larger tensor, torch 2.13 crashes
-            obs = envs.set_state(runs.to_numpy(state["envs"]))
+            obs = envs.set_state(split_state(runs.to_numpy(state["envs"]), slots))
             first, best, best_rate = state["iteration"] + 1, state["best"], state["best_rate"]
         except (KeyError, TypeError, ValueError, RuntimeError) as exc:
             raise UserError(f"the checkpoint in {out} does not fit its config.json or this code ({exc!r})") from exc
         lines = runs.Metrics.read(out, state["iteration"])
-        print(f"resumed at iteration {first} of {iterations}")
+        if len(found := set(world.gather(state["iteration"]))) > 1:
+            raise UserError(f"ranks read different checkpoints of {out} ({sorted(found)}): all need to see the same files")
+        say(f"resumed at iteration {first} of {iterations}")
     else:
         obs, _ = envs.reset(seed=args.seed)
-    metrics_log, config = runs.Metrics(out, lines), json.dumps(asdict(args), indent=1)
+    metrics_log, config = runs.Metrics(out, lines) if world.first else None, json.dumps(asdict(args), indent=1)
 
     def observe(obs, rows=slice(None), frames=None):
         """Frames and instructions -> what the models read: images (B, P, d) or (B, 6, S, S), input_ids, attention_mask (B, L)."""
         frames = obs["agentview"][rows] if frames is None else frames
         pixels = policy_base.preprocess(frames).to(dtype)
         images = actor_critic.embed_images(pixels) if actor_critic.vision_frozen else pixels
-        return images, *policy_base.tokenize([obs["instruction"][i] for i in np.arange(args.num_envs)[rows]])
+        return images, *policy_base.tokenize([obs["instruction"][i] for i in np.arange(num_envs)[rows]])
 
     def save(iteration):
+        mine = [sampler.get_state() for sampler in samplers], envs.get_state()
+        parts = world.gather(mine, everywhere=False)
+        if not world.first:
+            return
         runs.save_checkpoint(
             out,
             iteration,
@@ -463,8 +505,8 @@ def main():
                 "policy_optimizer": policy_optimizer.state_dict(),
                 "critic_optimizer": critic_optimizer.state_dict(),
                 "generator": generator.get_state(),
-                "samplers": torch.stack([sampler.get_state() for sampler in samplers]),
-                "envs": runs.to_tensors(envs.get_state()),
+                "samplers": torch.stack([sampler for part in parts for sampler in part[0]]),
+                "envs": runs.to_tensors(merge_states([part[1] for part in parts])),
             },
             args.keep,
             best,
@@ -472,17 +514,16 @@ def main():
 
     if not resumed:
         save(0)
-        atomic_write(out / "config.json", config)  # last: a directory that has it can be resumed
+        if world.first:
+            atomic_write(out / "config.json", config)  # last: a directory that has it can be resumed
     pace = []
     stop.begin()
 
     # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
     try:
         if args.eval_every and first == 1:  # measured before anything is learnt
-            result = measure(actor_critic.merge_policy(), args.eval_episodes)
-            print(
-                f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes", flush=True
-            )
+            result = measure(actor_critic.evaluation_model(), args.eval_episodes)
+            say(f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes")
             best, best_rate = 0, result.success_rate
             start_measured = {
                 "eval/at": 0,
@@ -494,9 +535,9 @@ def main():
             began = time.time()
             times = dict(inference=0.0, physics=0.0, render=0.0, wait=0.0)
             wins, episodes, lengths, cut = 0, 0, [], 0
-            final_images, film = {}, []
-            filming = args.video_every and (iteration % args.video_every == 0 or iteration == 1)
-            if actor_critic.critic != "shared":
+            final_images, film, ended_at = {}, [], []
+            filming = world.first and args.video_every and (iteration % args.video_every == 0 or iteration == 1)
+            if actor_critic.critic != "shared" and not shard:
                 actor_critic.merge_for_rollout()
 
             # Rollout: M decisions in each of N environments.
@@ -517,17 +558,21 @@ def main():
                 obs, rewards, terminated, truncated, info = envs.step(actions)
                 for key in ("physics", "render", "wait"):
                     times[key] += info["timing"][key]
+                ended_at += [t] * (len(curriculum.pending) - len(ended_at))
 
                 # A cut episode did not end: its value goes on from the observation that really was its last. (For an
                 # episode lost with its worker that is the last one known, the one this decision was made on.)
-                final_values = torch.zeros(args.num_envs)
+                final_values = torch.zeros(num_envs)
                 rows = np.flatnonzero(truncated)
+                if shard and world.any(len(rows)) and not len(rows):
+                    rows = np.array([0])  # a forward pass of a sharded model needs all ranks; `store_outcome` ignores this one
                 if len(rows):
                     final = {"instruction": previous}
                     images, input_ids, mask = observe(final, rows, info["final_obs"]["agentview"][rows])
                     with torch.no_grad():
                         final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
-                    final_images.update({(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True)})
+                    kept = {(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True) if truncated[n]}
+                    final_images.update(kept)
                 buffer.store_outcome(
                     t,
                     torch.from_numpy(rewards),
@@ -548,13 +593,17 @@ def main():
                 last_values = (
                     actor_critic.value(*last_observation[1:], **{image_kind: last_observation[0]}).float().cpu()
                 )
-            curriculum.commit()
+            clock = time.time()
+            outcomes = in_one_order(world.gather(list(zip(ended_at, curriculum.pending, strict=True))))
+            if world.size > 1:
+                times["slowest_rank"] = time.time() - clock  # waiting for it
+            curriculum.commit(outcomes)
             rollout_time = time.time() - began
 
             # Reward = sparse + RPRM (section 3.4), then advantages.
             clock = time.time()
             scores = torch.zeros_like(buffer.rewards)
-            sparse_return = buffer.rewards.sum().item()
+            sparse_rewards = buffer.rewards.clone()
             if reward_model is not None:
                 scores, following = score_rollout(
                     reward_model, buffer, args.prm_mode, last_observation, final_images, shared
@@ -570,10 +619,15 @@ def main():
             # Update: the critic alone during warm-up, then policy and critic.
             clock = time.time()
             update = ppo_update(
-                actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator
+                actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator, world
             )
             times["update"] = time.time() - clock
 
+            # Counts and (T, N) tables of all ranks. (Seconds stay those of this rank.)
+            mine = wins, episodes, cut, lengths, sparse_rewards, scores, buffer.rewards, buffer.values
+            parts = list(zip(*world.gather(mine), strict=True))
+            wins, episodes, cut, lengths = sum(parts[0]), sum(parts[1]), sum(parts[2]), sum(parts[3], [])
+            all_sparse, all_scores, all_rewards, all_values = (torch.cat(tables, dim=1) for tables in parts[4:])
             m = {
                 "iteration": iteration,
                 "charts/decisions": iteration * batch,
@@ -581,10 +635,10 @@ def main():
                 "charts/successes": wins,
                 "charts/success_rate": wins / episodes if episodes else 0.0,
                 "charts/episodic_length": float(np.mean(lengths)) if lengths else 0.0,
-                "charts/sparse_return": sparse_return / args.num_envs,
-                "charts/prm_score": scores.mean().item(),
-                "charts/reward": buffer.rewards.mean().item(),
-                "charts/value": buffer.values.mean().item(),
+                "charts/sparse_return": all_sparse.sum().item() / args.num_envs,
+                "charts/prm_score": all_scores.mean().item(),
+                "charts/reward": all_rewards.mean().item(),
+                "charts/value": all_values.mean().item(),
                 "charts/worker_restarts": cut,
                 **update,
                 **{
@@ -595,7 +649,8 @@ def main():
                 **{f"time/{k}": v for k, v in times.items()},
                 "charts/SPS": batch / (time.time() - began),
             }
-            runs.restore_directory(out, config, metrics_log)
+            if world.first:
+                runs.restore_directory(out, config, metrics_log)
             if filming and film:
                 ended = buffer.terminated[:, 0].int() - buffer.truncated[:, 0].int()
                 runs.write_video(
@@ -610,27 +665,34 @@ def main():
             if iteration == 1 and args.eval_every:
                 m.update(start_measured)
             elif args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
-                result = measure(actor_critic.merge_policy(), args.eval_episodes)
+                result = measure(actor_critic.evaluation_model(), args.eval_episodes)
                 k, n = sum(e["success"] for e in result.episodes), len(result.episodes)
                 m.update({"eval/success_rate": k / n, "eval/successes": k, "eval/episodes": n})
                 if k / n > best_rate:
                     best, best_rate = iteration, k / n
             pace.append(time.time() - began)
-            metrics_log.write(m)
+            if world.first:
+                metrics_log.write(m)
             save(iteration)
-            if "eval/episodes" in m or iteration % 10 == 0:
+            if world.first and ("eval/episodes" in m or iteration % 10 == 0):
                 runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
-            print(runs.terminal_line(m, iterations, float(np.mean(pace[-20:])) * (iterations - iteration)), flush=True)
+            say(runs.terminal_line(m, iterations, float(np.mean(pace[-20:])) * (iterations - iteration)))
             stop.check()
 
         # ---- before and after ------------------------------------------------------------------------------------------
         trained = actor_critic.merge_policy()
-        trained.save_pretrained(out / "policy")
+        if world.first:
+            trained.save_pretrained(out / "policy")
+        rows = {}
         if args.final_episodes:
-            rows = {}
-            start_policy = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
-            for name, model in (("start", start_policy), ("trained", trained)):
-                rows[name] = measure(model, args.final_episodes, out / "videos" / name).to_dict()
+            if shard:
+                start, trained = actor_critic.start_policy(), actor_critic.evaluation_model()
+            else:
+                start = contextlib.nullcontext(OpenVLA.from_pretrained(args.model, dtype=dtype, device=device))
+            with start as start_policy:
+                rows["start"] = measure(start_policy, args.final_episodes, out / "videos/start").to_dict()
+            rows["trained"] = measure(trained, args.final_episodes, out / "videos/trained").to_dict()
+        if rows and world.first:
             runs.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
             print(runs.before_after_table(rows), flush=True)
@@ -641,13 +703,15 @@ def main():
                 "eval/successes": total["successes"],
                 "eval/episodes": total["episodes"],
             }
-        runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
-        print(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")
+        if world.first:
+            runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
+        say(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")
     except NumericsError as exc:
         optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}
         generators = {f"slot_{i}": sampler.get_state() for i, sampler in enumerate(samplers)}
         generators["minibatches"] = generator.get_state()
-        bundle = runs.save_debug_bundle(out, exc, iteration, buffer, actor_critic, optimizers, generators)
+        name = f"{iteration:06d}" + (f"-rank{world.rank}" if world.size > 1 else "")
+        bundle = runs.save_debug_bundle(out / "debug" / f"{name}.pt", exc, iteration, buffer, actor_critic, optimizers, generators)
         raise UserError(
             f"iteration {iteration}: {exc}. {bundle}; the checkpoint before it is intact: try a lower lr in "
             f"{out}/config.json, then python train.py --resume {out}"
@@ -660,10 +724,12 @@ def main():
             f"python train.py --resume {out}"
         ) from exc
     except KeyboardInterrupt:
-        print(stop.hint, file=sys.stderr)
+        world.check_others()
+        say(stop.hint, file=sys.stderr)
         sys.exit(130)
     finally:
-        metrics_log.close()
+        if world.first:
+            metrics_log.close()
         envs.close()
 
 

@@ -77,7 +77,7 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
         ppo_update(*args)
     assert 2 in error.value.indices  # t * N + n
     generators = {"minibatches": generator.get_state()}
-    said = runs.save_debug_bundle(tmp_path, error.value, 7, buffer, actor_critic, optimizers, generators)
+    said = runs.save_debug_bundle(tmp_path / "debug/000007.pt", error.value, 7, buffer, actor_critic, optimizers, generators)
     path = tmp_path / "debug" / "000007.pt"
     assert str(path) in said
     bundle = torch.load(path, weights_only=True)
@@ -98,7 +98,7 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
 def test_a_debug_bundle_that_cannot_be_written_does_not_hide_the_error(tmp_path):
     (tmp_path / "debug").write_text("in the way")
     actor_critic = ActorCritic(build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language")
-    said = runs.save_debug_bundle(tmp_path, NumericsError("reward"), 1, rollout(actor_critic), actor_critic, {}, {})
+    said = runs.save_debug_bundle(tmp_path / "debug/000001.pt", NumericsError("reward"), 1, rollout(actor_critic), actor_critic, {}, {})
     assert "could not be saved" in said
 
 

@@ -1,0 +1,126 @@
+"""What tests/test_distributed.py runs under torchrun: `distributed_worker.py CASE DIRECTORY`. Also imported by it, for one process."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import distributed
+from common import UserError, main_guard
+from policy import ActorCritic, build_tiny
+from ppo import PPOConfig, RolloutBuffer, ppo_update
+
+T, N = 6, 4
+SMALL = dict(
+    vision_width=32, vision_blocks=3, vision_heads=2, width=32, layers=3, heads=2, mlp=64, image_size=32, patch_size=16
+)
+# name: (LoRA targets, critic, PPO settings)
+UPDATES = {
+    "language": ("language", "adapter", dict(target_kl=None)),
+    "all": ("all", "adapter", dict(target_kl=None)),
+    "shared critic": ("language", "shared", dict(target_kl=None)),
+    "kl guard": ("language", "adapter", dict(target_kl=0.03)),
+}
+
+
+class Recorder(torch.optim.AdamW):
+    """AdamW that keeps the gradients it was given."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=3e-3, eps=1e-5, weight_decay=0.0)
+        self.seen = []
+
+    def step(self):
+        self.seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        super().step()
+
+
+def model(targets, critic):
+    torch.manual_seed(0)
+    actor_critic = ActorCritic(build_tiny(0, words=["pick", "up", "milk"], **SMALL), 4, 8, targets, critic)
+    for name, parameter in actor_critic.named_parameters():  # adapters that do something from the start
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return actor_critic
+
+
+def rollout(actor_critic, slots):
+    """The part of one fixed rollout of T x N that belongs to `slots`. Rewards differ much between environments."""
+    g = torch.Generator().manual_seed(1)
+    pixels = torch.randn(T, N, 6, 32, 32, generator=g)
+    rewards = torch.rand(T, N, generator=g) + torch.arange(N) ** 2
+    noise = 0.2 * torch.randn(T, N, generator=g)  # as if the policy had moved since: some ratios are clipped
+    done, cut = torch.rand(2, T, N, generator=g) < 0.2
+    frozen = actor_critic.vision_frozen
+    shape = (actor_critic.model.num_patches, 32) if frozen else (6, 32, 32)
+    part = slice(slots.start, slots.stop)
+    kind = "patch_embeddings" if frozen else "pixel_values"
+    buffer = RolloutBuffer(T, len(slots), shape, kind)
+    for t in range(T):
+        ids, mask = actor_critic.model.tokenize(["pick up milk" if n % 2 else "pick milk" for n in slots])
+        images = actor_critic.embed_images(pixels[t, part]) if frozen else pixels[t, part]
+        samplers = [torch.Generator().manual_seed(100 * t + n) for n in slots]
+        tokens, log_probs, values = actor_critic.act(ids, mask, **{kind: images}, generator=samplers)
+        buffer.store_decision(t, images, ids, mask, tokens, log_probs + noise[t, part, None] / 7, values)
+        buffer.store_outcome(t, rewards[t, part], done[t, part], cut[t, part], torch.full((len(slots),), 0.5))
+    buffer.finish(torch.zeros(len(slots)), 0.99, 0.95)
+    return buffer
+
+
+def update(world, name, shard=False):
+    """Two epochs on that rollout -> {"gradients": [...], "weights", "metrics", "tokens", and with `shard` the merged policy}."""
+    targets, critic, settings = UPDATES[name]
+    actor_critic = model(targets, critic)
+    if shard:
+        actor_critic.shard(world.device)
+    optimizers = Recorder(actor_critic.policy_parameters()), Recorder(actor_critic.critic_parameters())
+    buffer = rollout(actor_critic, world.share(N))
+    cfg = PPOConfig(temperature=1.0, epochs=2, minibatch_size=8, micro_batch_size=3, value_clip=0, **settings)
+    metrics = ppo_update(actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), world)
+    weights = [*actor_critic.policy_parameters(), *actor_critic.critic_parameters()]
+    merged = {name: p.detach() for name, p in actor_critic.merge_policy().named_parameters()}
+    with torch.no_grad(), actor_critic.start_policy() as start:
+        ids, mask = start.tokenize(["pick milk"])
+        before = start.prompt_state(ids, mask, pixel_values=torch.ones(1, 6, 32, 32))
+    return {
+        "gradients": [g for optimizer in optimizers for g in optimizer.seen],
+        "weights": torch.cat([p.detach().flatten() for p in weights]), "metrics": metrics,
+        "tokens": buffer.action_tokens, "merged": merged, "start": before,
+    }
+
+
+@main_guard
+@distributed.ends_together
+def main():
+    case, directory = sys.argv[1], Path(sys.argv[2])
+    world = distributed.join()
+    torch.set_num_threads(1)
+    if case == "updates":
+        results = {(name, shard): update(world, name, shard) for name in UPDATES for shard in (False, True)}
+        torch.save(results, directory / f"rank{world.rank}.pt")
+        return
+    (directory / f"pid{world.rank}").write_text(str(os.getpid()))
+    if case == "error" and world.rank == 1:
+        raise UserError("the milk is spilt")
+    if case == "stop":
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # as runs.Stop: seen between decisions
+        while not stopped:
+            time.sleep(0.1)
+        world.check_others()
+        print("stopped without a reason")
+        sys.exit(130)
+    if world.rank == 1 and case == "kill":
+        time.sleep(3600)
+    if world.rank == 0 and case == "kill":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only the collective tells
+    world.barrier()
+
+
+if __name__ == "__main__":
+    main()
