@@ -931,6 +931,21 @@ class ActorCritic(nn.Module):
 
     # ---- merging and files -----------------------------------------------------------------------------------------
 
+    def start_policy(self):
+        """The policy as it was before any training: a plain OpenVLA on the frozen backbone's own tensors. Costs no memory.
+        """
+        source, base = self.model, self._base_tensors()
+        with torch.device("meta"):
+            plain = OpenVLA(source.config)
+        plain.load_state_dict(base, assign=True)
+        plain.norm_stats, plain.unused, plain.side_files = source.norm_stats, source.unused, source.side_files
+        return plain.requires_grad_(False)
+
+    def _base_tensors(self):
+        """{plain tensor name: frozen parameter} of the backbone."""
+        parameters = self.model.named_parameters()
+        return {name.replace(".base_layer.", "."): p for name, p in parameters if "lora_" not in name}
+
     @torch.no_grad()
     def merge_policy(self, into=None):
         """A plain OpenVLA with W + scaling x B A in place of W and its policy adapter: saveable, and faster in
@@ -941,14 +956,8 @@ class ActorCritic(nn.Module):
         into: an earlier result of this method, refreshed in place (same memory, so compiled code and CUDA graphs
         stay valid).
         """
-        source, merged = self.model, into
-        base = {name.replace(".base_layer.", "."): p for name, p in source.named_parameters() if "lora_" not in name}
-        if merged is None:
-            with torch.device("meta"):
-                merged = OpenVLA(source.config)
-            merged.load_state_dict(base, assign=True)
-            merged.norm_stats, merged.unused, merged.side_files = source.norm_stats, source.unused, source.side_files
-            merged.requires_grad_(False)
+        base = self._base_tensors()
+        merged = self.start_policy() if into is None else into
         for name, layer in self._layers.items():
             weight, module = base[f"{name}.weight"], merged.get_submodule(name)
             total = (weight.float() + layer.get_delta_weight("policy").float()).to(weight.dtype)
