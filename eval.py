@@ -115,6 +115,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     call to keep. on_episode(episode): called as each one ends. video: record the first so many initial states.
     """
     import sim
+    from policy import explain_out_of_memory
 
     task_ids = [int(t) for t in sim.check_task_ids(suite, task_ids)]
     if not 1 <= episodes_per_task <= NUM_INIT_STATES:
@@ -135,7 +136,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
         raise UserError(f"the environments play {envs.suite} with action repeat {envs.action_repeat}, "
                         f"the evaluation wants {suite} with {model.action_repeat}")
     decide = functools.partial(_decide, model, temperature, whole_vocabulary)
-    with ready:
+    with ready, explain_out_of_memory("lower --num-envs"):
         _play(envs, queue, result, decide, seed, on_episode, video, video_dir, progress)
     return result
 

@@ -181,6 +181,9 @@ def preprocess_images(frames, image_size=224, crop="center", jitter=0.0, jpeg=Tr
 # --------------------------------------------------------------------------------------------------------------------
 
 
+CHECKPOINTING = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in these blocks is random
+
+
 class Scale(nn.Module):  # DINOv2's LayerScale, under its official tensor name
     def __init__(self, width):
         super().__init__()
@@ -249,7 +252,7 @@ class VisionTower(nn.Module):
         if self.extra_tokens:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x), dim=1)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if gradient_checkpointing else block(x)
+            x = checkpoint(block, x, **CHECKPOINTING) if gradient_checkpointing else block(x)
         return x[:, self.extra_tokens :]
 
 
@@ -374,11 +377,15 @@ class Evaluation(NamedTuple):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turn CUDA's page-long out-of-memory error into one line that names the flag to lower."""
+    """Turn an out-of-memory error (of CUDA, a page long, or of the CPU's allocator) into one line that names the flag to
+    lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU is out of memory: {advice}") from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        on_cpu = "DefaultCPUAllocator" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"the {'machine' if on_cpu else 'GPU'} is out of memory: {advice}") from error
 
 
 class OpenVLA(nn.Module):
@@ -509,7 +516,7 @@ class OpenVLA(nn.Module):
         for i, layer in enumerate(layers):
             args = (x, cos, sin, None if cache is None else cache[i], None, None, at if i == len(layers) - 1 else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *args, use_reentrant=False)
+                x = checkpoint(layer, *args, **CHECKPOINTING)
             else:
                 x = layer(*args)
         return self.language_model.model.norm(x), last
@@ -788,8 +795,12 @@ def _checkpoint_folder(path):
 
 
 def _shards(folder):
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} has no weight_map, which names the weights' files; get it again") from error
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: the weights file {name} is missing")
@@ -886,7 +897,8 @@ class ActorCritic(nn.Module):
         """Patch embeddings (B, P, d), constants of the run. Only where `vision_frozen`."""
         if not self.vision_frozen:
             raise ValueError("LoRA trains the vision side (targets='all'): there are no constant patch embeddings")
-        return self.model.embed_images(pixel_values)
+        with explain_out_of_memory("lower --num-envs"):
+            return self.model.embed_images(pixel_values)
 
     @torch.no_grad()
     def act(self, input_ids, attention_mask=None, *, pixel_values=None, patch_embeddings=None, temperature=1.0,
@@ -968,10 +980,13 @@ class ActorCritic(nn.Module):
         return merged
 
     def merge_for_rollout(self):
-        """Let `act` use a merged copy until the next `evaluate_actions` with gradients. Costs a set of weights."""
-        with explain_out_of_memory("no room for a merged copy of the policy; turn merging off"):
+        """Let `act` use a merged copy until the next `evaluate_actions` with gradients. Costs a set of weights.
+
+        Returns that copy, a plain OpenVLA; the next call refreshes it in place."""
+        with explain_out_of_memory("no room for a merged copy of the policy; --critic shared acts without one"):
             self._merged[0] = self.merge_policy(self._merged[0])
         self._merged_is_current = True
+        return self._merged[0]
 
     def save_adapters(self, directory):
         """policy/ and critic/ in peft's format (it reads them on the official model too), and the value head."""

@@ -83,7 +83,11 @@ class Args:
         "policy to start from: auto, openvla-tiny, a checkpoint directory or a hub id. auto takes the suite's official "
         "OpenVLA-7B where a GPU with enough memory and the weights are there, else openvla-tiny",
     )
-    reward_model: str = _flag("auto", "RPRM checkpoint directory; auto: the one beside openvla-tiny's policy")
+    reward_model: str = _flag(
+        "auto",
+        "RPRM checkpoint directory, or a stock VLM of transformers (directory or hub id), asked zero-shot; auto: the RPRM "
+        "beside openvla-tiny's policy",
+    )
     from_scratch: bool = _flag(False, "make openvla-tiny's policy and RPRM first (demos.py, sft.py, reward_model.py)")
     resume: Optional[str] = _flag(None, "run directory to continue; its own settings are used", default="none")
     out: Optional[str] = _flag(None, "run directory", default="runs/SUITE-seedSEED")
@@ -162,8 +166,9 @@ class Args:
 
 
 TINY = Path(__file__).resolve().parent / "checkpoints"  # checkpoints/<suite>/{policy,rprm}
-# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations (README has the sum).
-GPU_MEMORY_7B = 44e9
+# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations of a micro-batch of 8
+# 30 or, with --gradient-checkpointing, 2 (README has the sums).
+GPU_MEMORY_7B = {False: 66e9, True: 44e9}
 RPRM_CHUNK = 256  # decisions scored at a time
 
 
@@ -187,8 +192,10 @@ def choose_model(args):
     if not torch.cuda.is_available():
         return str(tiny), "tiny", "no GPU"
     memory = torch.cuda.get_device_properties(0).total_memory
-    if memory < GPU_MEMORY_7B:
-        return str(tiny), "tiny", f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {GPU_MEMORY_7B / 1e9:.0f}"
+    needed = GPU_MEMORY_7B[args.gradient_checkpointing]
+    if memory < needed:
+        hint = "" if args.gradient_checkpointing else f" ({GPU_MEMORY_7B[True] / 1e9:.0f} with --gradient-checkpointing)"
+        return str(tiny), "tiny", f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {needed / 1e9:.0f}{hint}"
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(official, "config.json"), str):
@@ -290,6 +297,26 @@ def score_rollout(reward_model, buffer, mode, last_observation, final_images, sh
     return scores, following
 
 
+def score_frames(vlm, watched, last, final_frames, mode):
+    """`score_rollout` for a stock VLM, which sees pictures and no action: (scores, next_scores), each (T, N).
+
+    watched: of each of the T decisions (frames (N, H, W, 3) uint8, N instructions); last: the same after the last step.
+    final_frames: {(t, n): frame} where the time limit cut an episode.
+    """
+    import torch
+
+    seen = [*watched, last] if mode == "potential" else watched
+    frames = np.concatenate([frames for frames, _ in seen])
+    instructions = [text for _, texts in seen for text in texts]
+    scores = torch.from_numpy(vlm.score_rows(frames, instructions)).float().view(len(seen), -1)
+    scores, following = scores[: len(watched)], scores[1:].clone()
+    if mode == "sum":
+        return scores, torch.zeros_like(scores)
+    for (t, n), frame in final_frames.items():
+        following[t, n] = vlm.score_rows(frame[None], [watched[t][1][n]]).item()
+    return scores, following
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 # --------------------------------------------------------------------------------------------------------------------
@@ -314,9 +341,9 @@ def main():
     import sim
     from envs import Curriculum, LiberoVecEnv
     from eval import evaluate
-    from policy import ActorCritic, OpenVLA
+    from policy import ActorCritic, OpenVLA, explain_out_of_memory
     from ppo import PPOConfig, RolloutBuffer, ppo_update
-    from reward_model import RewardModel, shaping_reward
+    from reward_model import StockVLM, load_reward_model, shaping_reward
 
     if not resumed:
         args.out = args.out or f"runs/{args.suite}-seed{args.seed}"
@@ -364,9 +391,11 @@ def main():
     critic_optimizer = torch.optim.AdamW(
         actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0
     )
-    reward_model, shared = None, False
+    reward_model, stock, shared = None, False, False
     if args.prm_mode != "none" and args.prm_weight > 0:
-        reward_model = RewardModel.from_pretrained(args.reward_model, dtype=dtype, device=device)
+        reward_model = load_reward_model(args.reward_model, dtype=dtype, device=device)
+        stock = isinstance(reward_model, StockVLM)  # judges frames, not what the policy's towers made of them
+    if reward_model is not None and not stock:
         shared = actor_critic.vision_frozen and reward_model.shares_vision(policy_base)  # one vision pass serves both
         if actor_critic.vision_frozen and not shared:
             raise UserError(
@@ -406,6 +435,10 @@ def main():
         curriculum=curriculum,
     )
     stop = runs.Stop()
+
+    def merged_policy():
+        """The policy as one plain model: the copy that rollouts use where they use one, because 7B twice is enough."""
+        return actor_critic.merge_policy() if args.critic == "shared" else actor_critic.merge_for_rollout()
 
     def measure(model, episodes):
         per_task = max(1, min(50, episodes // len(args.task_ids)))
@@ -494,7 +527,7 @@ def main():
     # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
     try:
         if args.eval_every and first == 1:  # measured before anything is learnt
-            result = measure(actor_critic.merge_policy(), args.eval_episodes)
+            result = measure(merged_policy(), args.eval_episodes)
             print(
                 f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes", flush=True
             )
@@ -509,7 +542,7 @@ def main():
             began = time.time()
             times = dict(inference=0.0, physics=0.0, render=0.0, wait=0.0)
             wins, episodes, lengths, cut = 0, 0, [], 0
-            final_images, film = {}, []
+            final_images, final_frames, watched, film = {}, {}, [], []
             filming = args.video_every and (iteration % args.video_every == 0 or iteration == 1)
             if actor_critic.critic != "shared":
                 actor_critic.merge_for_rollout()
@@ -529,6 +562,8 @@ def main():
                 if filming:
                     film.append(obs["agentview"][0].copy())
                 previous = obs["instruction"]
+                if stock:
+                    watched.append((obs["agentview"].copy(), previous))
                 obs, rewards, terminated, truncated, info = envs.step(actions)
                 for key in ("physics", "render", "wait"):
                     times[key] += info["timing"][key]
@@ -543,6 +578,7 @@ def main():
                     with torch.no_grad():
                         final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
                     final_images.update({(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True)})
+                    final_frames.update({(t, int(n)): info["final_obs"]["agentview"][n].copy() for n in rows})
                 buffer.store_outcome(
                     t,
                     torch.from_numpy(rewards),
@@ -571,9 +607,13 @@ def main():
             scores = torch.zeros_like(buffer.rewards)
             sparse_return = buffer.rewards.sum().item()
             if reward_model is not None:
-                scores, following = score_rollout(
-                    reward_model, buffer, args.prm_mode, last_observation, final_images, shared
-                )
+                if stock:
+                    last = obs["agentview"], obs["instruction"]
+                    scores, following = score_frames(reward_model, watched, last, final_frames, args.prm_mode)
+                else:
+                    scores, following = score_rollout(
+                        reward_model, buffer, args.prm_mode, last_observation, final_images, shared
+                    )
                 buffer.prm_scores = scores
                 buffer.rewards += shaping_reward(
                     scores, following, args.prm_mode, args.prm_weight, args.gamma, buffer.terminated
@@ -583,9 +623,10 @@ def main():
 
             # Update: the critic alone during warm-up, then policy and critic.
             clock = time.time()
-            update = ppo_update(
-                actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator
-            )
+            with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):
+                update = ppo_update(
+                    actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator
+                )
             times["update"] = time.time() - clock
 
             m = {
@@ -623,7 +664,7 @@ def main():
             if iteration == 1 and args.eval_every:
                 m.update(start_measured)
             elif args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
-                result = measure(actor_critic.merge_policy(), args.eval_episodes)
+                result = measure(merged_policy(), args.eval_episodes)
                 k, n = sum(e["success"] for e in result.episodes), len(result.episodes)
                 m.update({"eval/success_rate": k / n, "eval/successes": k, "eval/episodes": n})
                 if k / n > best_rate:
@@ -637,12 +678,11 @@ def main():
             stop.check()
 
         # ---- before and after ------------------------------------------------------------------------------------------
-        trained = actor_critic.merge_policy()
+        trained = merged_policy()
         trained.save_pretrained(out / "policy")
         if args.final_episodes:
             rows = {}
-            start_policy = OpenVLA.from_pretrained(args.model, dtype=dtype, device=device)
-            for name, model in (("start", start_policy), ("trained", trained)):
+            for name, model in (("start", actor_critic.start_policy()), ("trained", trained)):
                 rows[name] = measure(model, args.final_episodes).to_dict()
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
             print(runs.before_after_table(rows), flush=True)
