@@ -2,7 +2,7 @@
 
     python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
     python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
-    python bench.py decode                            # actions/s: batched decoding here against transformers' `generate`
+    python bench.py decode                            # actions/s of batched decoding, against transformers' `generate`
     python bench.py update                            # samples/s of a PPO update, against a plain one on transformers
     python bench.py gpu                               # random 7B weights: memory and times on one GPU, in minutes
 
@@ -407,7 +407,7 @@ def _transformers_llama(model):
 
 
 def _generate(model, llama, input_ids, attention_mask, pixel_values, greedy=False):
-    """Seven tokens per row by transformers' `generate`, fed with embeddings: (B, 7). Padded on the left, as it wants."""
+    """Seven tokens per row by transformers' `generate`, fed with embeddings padded on its side, the left: (B, 7)."""
     import torch
 
     x = model.language_model.model.embed_tokens(input_ids)
@@ -513,8 +513,8 @@ def print_decode(r):
 
 
 class _PlainActorCritic:
-    """PPO's actor-critic as one would put it together from transformers and peft: Llama's forward pass returns the logits
-    of every position over the whole vocabulary, and pictures go through the towers each time. Same adapters as ours."""
+    """PPO's actor-critic as one would put it together from transformers and peft: Llama's forward pass returns the
+    logits of every position over the whole vocabulary, and pictures go through the towers each time. Same adapters."""
 
     def __init__(self, model, lora_rank, lora_alpha):
         import torch
@@ -570,7 +570,7 @@ class _PlainActorCritic:
 
 
 def _rollout_buffer(actor_critic, model, samples, image_kind, **kind):
-    """A finished rollout of `samples` decisions with random rewards; log-probs and values are the actor-critic's own."""
+    """A finished rollout of `samples` decisions with random rewards and the actor-critic's own log-probs and values."""
     import torch
 
     from ppo import RolloutBuffer
@@ -635,8 +635,8 @@ def print_update(r):
     for row in r["rates"]:
         print(f"{row['variant']:34s}{row['micro_batch_size']:12d}{row['per_s']:11.1f}{row['slowest']:9.1f}"
               f"{row['fastest']:9.1f}{row['ratio']:7.2f}")
-    print("samples/s: policy and critic, forward and backward, optimiser steps; ratio: to transformers + peft at the same\n"
-          "micro-batch, median over rounds. Cached features were computed in the rollout, which needs them anyway.")
+    print("samples/s: policy and critic, forward and backward, optimiser steps; ratio: to transformers + peft at the\n"
+          "same micro-batch, median over rounds. Cached features were computed in the rollout, which needs them anyway.")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -647,7 +647,8 @@ def print_update(r):
 @dataclass
 class GpuArgs:
     size: str = field(
-        default="7B", metadata={"help": "small: the same steps with a model of 10 M parameters", "choices": ("7B", "small")}
+        default="7B",
+        metadata={"help": "small: the same steps with a model of 10 M parameters", "choices": ("7B", "small")},
     )
     device: str = field(default="auto", metadata=_DEVICE)
     num_envs: int = field(default=10, metadata={"help": "environments whose frames one rollout step takes", "min": 1})
@@ -673,7 +674,7 @@ def random_config(size):
     if size == "small":
         narrow = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128)
         config["vision_configs"] = [{**tower, **narrow} for tower in TIMM_TOWERS.values()]
-        config["text_config"] |= dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+        config["text_config"] |= {**narrow, "hidden_size": 128}
     return config
 
 
@@ -815,8 +816,8 @@ def gpu(args):
             entry["note"] = "ms: " + ", ".join(f"{part} {ms:.0f}" for part, ms in entry["ms"].items())
         with _stage(report, "decode against transformers", args, device) as entry, torch.no_grad():
             entry |= decode_model(merged, N, args.rounds, device)
-            entry["note"] = (f"{entry['rates'][HERE]['per_s']:.1f} actions/s, {entry['ratio_to_one']:.2f} x one at a time, "
-                             f"{entry['ratio_to_batched']:.2f} x transformers' batch")
+            entry["note"] = (f"{entry['rates'][HERE]['per_s']:.1f} actions/s, {entry['ratio_to_one']:.2f} x one at a "
+                             f"time, {entry['ratio_to_batched']:.2f} x transformers' batch")
         for targets, checkpointing in (("all", True), ("language", True), ("language", False), ("all", False)):
             model = actor_critic.start_policy()
             del actor_critic, merged
@@ -843,9 +844,9 @@ def gpu(args):
 
 
 def print_gpu(r):
-    print("seconds by the clock; GPU GB: peak of allocated memory (the process takes somewhat more); host GB: growth of the\n"
-          "process's own memory at its peak. An update stage holds weights, merged copy, adapters, optimisers, activations;\n"
-          "language layers: with cached features.")
+    print("seconds by the clock; GPU GB: peak of allocated memory (the process takes somewhat more); host GB: growth of\n"
+          "the process's own memory at its peak. An update stage holds weights, merged copy, adapters, optimisers and\n"
+          "activations; language layers: with cached features.")
 
 
 # --------------------------------------------------------------------------------------------------------------------

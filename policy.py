@@ -377,8 +377,8 @@ class Evaluation(NamedTuple):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turn an out-of-memory error (of CUDA, a page long, or of the CPU's allocator) into one line that names the flag to
-    lower."""
+    """Turn an out-of-memory error (of CUDA, a page long, or of the CPU's allocator) into one line that names the flag
+    to lower."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
@@ -944,8 +944,8 @@ class ActorCritic(nn.Module):
     # ---- merging and files -----------------------------------------------------------------------------------------
 
     def start_policy(self):
-        """The policy as it was before any training: a plain OpenVLA on the frozen backbone's own tensors. Costs no memory.
-        """
+        """The policy as it was before any training: a plain OpenVLA on the frozen backbone's own tensors, which costs
+        no memory."""
         source, base = self.model, self._base_tensors()
         with torch.device("meta"):
             plain = OpenVLA(source.config)

@@ -537,8 +537,7 @@ class StockVLM:
         return np.concatenate(scores)
 
     def score_rows(self, frames, instructions):
-        """Scores (B,) float64 of frames (B, H, W, 3), each with an instruction of its own. Rows that share one go together.
-        """
+        """Scores (B,) float64 of frames (B, H, W, 3), each with its instruction. Rows that share one go together."""
         with explain_out_of_memory("use a smaller --reward-model, or --prm-mode none"):
             scores, instructions = np.zeros(len(frames)), np.array(instructions)
             for instruction in np.unique(instructions):

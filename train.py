@@ -166,8 +166,8 @@ class Args:
 
 
 TINY = Path(__file__).resolve().parent / "checkpoints"  # checkpoints/<suite>/{policy,rprm}
-# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations of a micro-batch of 8
-# 30 or, with --gradient-checkpointing, 2 (README has the sums).
+# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations of a micro-batch
+# of 8: 30 or, with --gradient-checkpointing, 2 (README has the sums).
 GPU_MEMORY_7B = {False: 66e9, True: 44e9}
 RPRM_CHUNK = 256  # decisions scored at a time
 

@@ -565,7 +565,8 @@ def qwen(request, tmp_path):
         kind, vision = "Qwen2VL", dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
     else:
         kind = "Qwen2_5_VL"
-        vision = dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, window_size=56, fullatt_block_indexes=[0])
+        vision = dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, window_size=56)
+        vision["fullatt_block_indexes"] = [0]
     config = getattr(transformers, f"{kind}Config")(
         text_config=dict(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -624,8 +625,9 @@ def test_stock_vlm_in_the_loop(qwen, tmp_path):
     model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
     model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
     model.save_pretrained(tmp_path / "policy")
-    flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --num-envs 2 --num-workers 1 --num-steps 3
-        --total-steps 6 --max-episode-steps 8 --eval-every 0 --final-episodes 0 --video-every 0 --out {tmp_path / "run"}"""
+    flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --out {tmp_path / "run"} --num-envs 2
+        --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --final-episodes 0
+        --video-every 0"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "train.py", *flags.split()], cwd=Path(rm.__file__).parent, env=environment,
                          capture_output=True, text=True)
