@@ -120,6 +120,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     forward passes needs all ranks: those that are done keep computing until the last one is.
     """
     import sim
+    from policy import explain_out_of_memory
 
     task_ids = [int(t) for t in sim.check_task_ids(suite, task_ids)]
     if not 1 <= episodes_per_task <= NUM_INIT_STATES:
@@ -143,7 +144,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
                         f"the evaluation wants {suite} with {model.action_repeat}")
     decide = functools.partial(_decide, model, temperature, whole_vocabulary)
     together = world.any if in_step else bool
-    with ready:
+    with ready, explain_out_of_memory("lower --num-envs"):
         _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress, together)
     return _merged(result, kept, world)
 

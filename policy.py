@@ -181,6 +181,9 @@ def preprocess_images(frames, image_size=224, crop="center", jitter=0.0, jpeg=Tr
 # --------------------------------------------------------------------------------------------------------------------
 
 
+CHECKPOINTING = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in these blocks is random
+
+
 class Scale(nn.Module):  # DINOv2's LayerScale, under its official tensor name
     def __init__(self, width):
         super().__init__()
@@ -249,7 +252,7 @@ class VisionTower(nn.Module):
         if self.extra_tokens:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x), dim=1)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if gradient_checkpointing else block(x)
+            x = checkpoint(block, x, **CHECKPOINTING) if gradient_checkpointing else block(x)
         return x[:, self.extra_tokens :]
 
 
@@ -374,11 +377,15 @@ class Evaluation(NamedTuple):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turn CUDA's page-long out-of-memory error into one line that names the flag to lower."""
+    """Turn an out-of-memory error (of CUDA, a page long, or of the CPU's allocator) into one line that names the flag
+    to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU is out of memory: {advice}") from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        on_cpu = "DefaultCPUAllocator" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"the {'machine' if on_cpu else 'GPU'} is out of memory: {advice}") from error
 
 
 def _tower_sizes(config):
@@ -557,7 +564,7 @@ class OpenVLA(nn.Module):
         for i, layer in enumerate(layers):
             args = (x, cos, sin, None if cache is None else cache[i], None, None, at if i == len(layers) - 1 else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *args, use_reentrant=False)
+                x = checkpoint(layer, *args, **CHECKPOINTING)
             else:
                 x = layer(*args)
         return self.language_model.model.norm(x), last
@@ -939,7 +946,8 @@ class ActorCritic(nn.Module):
         """Patch embeddings (B, P, d), constants of the run. Only where `vision_frozen`."""
         if not self.vision_frozen:
             raise ValueError("LoRA trains the vision side (targets='all'): there are no constant patch embeddings")
-        return self.model.embed_images(pixel_values)
+        with explain_out_of_memory("lower --num-envs"):
+            return self.model.embed_images(pixel_values)
 
     @torch.no_grad()
     def act(self, input_ids, attention_mask=None, *, pixel_values=None, patch_embeddings=None, temperature=1.0,
@@ -1013,15 +1021,16 @@ class ActorCritic(nn.Module):
         self.sharded = True
 
     def evaluation_model(self):
-        """The current policy as an OpenVLA to evaluate: a merged copy, or where there is no room for one the model itself."""
-        if not self.sharded:
-            return self.merge_policy()
-        self._use("policy")
-        return self.model
+        """The current policy as an OpenVLA to evaluate: the merged copy that rollouts use where they use one (7B twice is
+        enough), or where there is no room for one the model itself."""
+        if self.sharded:
+            self._use("policy")
+            return self.model
+        return self.merge_policy() if self.critic == "shared" else self.merge_for_rollout()
 
     @contextlib.contextmanager
-    def start_policy(self):
-        """The model as it was before training: with its adapters switched off."""
+    def without_adapters(self):
+        """The model itself as it was before training, its adapters switched off: `start_policy` of a sharded model."""
         for layer in self._layers.values():
             layer.enable_adapters(False)
         try:
@@ -1034,6 +1043,24 @@ class ActorCritic(nn.Module):
 
     # ---- merging and files -----------------------------------------------------------------------------------------
 
+    def start_policy(self):
+        """The policy as it was before any training: a plain OpenVLA on the frozen backbone's own tensors, which costs
+        no memory."""
+        source, base = self.model, self._base_tensors()
+        with torch.device("meta"):
+            plain = OpenVLA(source.config)
+        plain.load_state_dict(base, assign=True)
+        plain.norm_stats, plain.unused, plain.side_files = source.norm_stats, source.unused, source.side_files
+        return plain.requires_grad_(False)
+
+    def _base_tensors(self):
+        """{plain tensor name: frozen parameter} of the backbone. Sharded ones are gathered into host memory, one at a time."""
+        base = {name.replace(".base_layer.", "."): p for name, p in self.model.named_parameters() if "lora_" not in name}
+        if self.sharded:
+            base = {name: nn.Parameter((p.full_tensor() if hasattr(p, "full_tensor") else p).cpu(), requires_grad=False)
+                    for name, p in base.items()}
+        return base
+
     @torch.no_grad()
     def merge_policy(self, into=None):
         """A plain OpenVLA with W + scaling x B A in place of W and its policy adapter: saveable, and faster in
@@ -1045,17 +1072,8 @@ class ActorCritic(nn.Module):
         stay valid).
         A sharded model is gathered into host memory, one tensor at a time; all ranks must call this then.
         """
-        source, merged = self.model, into
-        base = {name.replace(".base_layer.", "."): p for name, p in source.named_parameters() if "lora_" not in name}
-        if self.sharded:
-            base = {name: nn.Parameter((p.full_tensor() if hasattr(p, "full_tensor") else p).cpu(), requires_grad=False)
-                    for name, p in base.items()}
-        if merged is None:
-            with torch.device("meta"):
-                merged = OpenVLA(source.config)
-            merged.load_state_dict(base, assign=True)
-            merged.norm_stats, merged.unused, merged.side_files = source.norm_stats, source.unused, source.side_files
-            merged.requires_grad_(False)
+        base = self._base_tensors()
+        merged = self.start_policy() if into is None else into
         for name, layer in self._layers.items():
             weight, module = base[f"{name}.weight"], merged.get_submodule(name)
             total = (weight.float() + layer.get_delta_weight("policy").to(weight.device).float()).to(weight.dtype)
@@ -1066,10 +1084,13 @@ class ActorCritic(nn.Module):
         return merged
 
     def merge_for_rollout(self):
-        """Let `act` use a merged copy until the next `evaluate_actions` with gradients. Costs a set of weights."""
-        with explain_out_of_memory("no room for a merged copy of the policy; turn merging off"):
+        """Let `act` use a merged copy until the next `evaluate_actions` with gradients. Costs a set of weights.
+
+        Returns that copy, a plain OpenVLA; the next call refreshes it in place."""
+        with explain_out_of_memory("no room for a merged copy of the policy; --critic shared acts without one"):
             self._merged[0] = self.merge_policy(self._merged[0])
         self._merged_is_current = True
+        return self._merged[0]
 
     def save_adapters(self, directory):
         """policy/ and critic/ in peft's format (it reads them on the official model too), and the value head."""

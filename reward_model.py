@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from common import UserError, atomic_write, main_guard, parse_command, progress_bar, read_json, safe_name
 from demos import demo_files, demo_path, read_demos, write_demos
-from policy import ACTION_DIM, OpenVLA
+from policy import ACTION_DIM, OpenVLA, explain_out_of_memory
 
 CONTROL_HZ = 20.0  # LIBERO's control steps per second
 STROKE = 0.08  # metres between the fingers of the open Panda gripper
@@ -537,6 +537,23 @@ class StockVLM:
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1, self.token_ids].double()
             scores.append((logits[:, 0] - logits[:, 1]).sigmoid().cpu().numpy())
         return np.concatenate(scores)
+
+    def score_rows(self, frames, instructions):
+        """Scores (B,) float64 of frames (B, H, W, 3), each with its instruction. Rows that share one go together."""
+        with explain_out_of_memory("use a smaller --reward-model, or --prm-mode none"):
+            scores, instructions = np.zeros(len(frames)), np.array(instructions)
+            for instruction in np.unique(instructions):
+                rows = np.flatnonzero(instructions == instruction)
+                scores[rows] = self.score_frames(frames[rows], str(instruction))
+        return scores
+
+
+def load_reward_model(path, dtype=torch.float32, device="cpu"):
+    """What `train.py --reward-model` names: an RPRM, or else a stock VLM, in a directory or under a hub id."""
+    folder, config = Path(path), Path(path) / "config.json"
+    hub_id = not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.is_dir()
+    is_stock = hub_id or (config.is_file() and '"openvla"' not in config.read_text(errors="replace"))
+    return (StockVLM if is_stock else RewardModel).from_pretrained(path, dtype=dtype, device=device)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,11 @@ class Args:
         "policy to start from: auto, openvla-tiny, a checkpoint directory or a hub id. auto takes the suite's official "
         "OpenVLA-7B where a GPU with enough memory and the weights are there, else openvla-tiny",
     )
-    reward_model: Optional[str] = _flag("auto", "RPRM checkpoint directory; auto: the one beside openvla-tiny's policy")
+    reward_model: Optional[str] = _flag(
+        "auto",
+        "RPRM checkpoint directory, or a stock VLM of transformers (directory or hub id), asked zero-shot; auto: the RPRM "
+        "beside openvla-tiny's policy",
+    )
     from_scratch: bool = _flag(False, "make openvla-tiny's policy and RPRM first (demos.py, sft.py, reward_model.py)")
     resume: Optional[str] = _flag(None, "run directory to continue; its own settings are used", default="none")
     out: Optional[str] = _flag(None, "run directory", default="runs/SUITE-seedSEED")
@@ -175,8 +179,9 @@ class Args:
 
 
 TINY = Path(__file__).resolve().parent / "checkpoints"  # checkpoints/<suite>/{policy,rprm}
-# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations (README has the sum).
-GPU_MEMORY_7B = 44e9
+# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations of a micro-batch
+# of 8: 30 or, with --gradient-checkpointing, 2 (README has the sums).
+GPU_MEMORY_7B = {False: 66e9, True: 44e9}
 RPRM_CHUNK = 256  # decisions scored at a time
 
 
@@ -200,8 +205,10 @@ def choose_model(args):
     if not torch.cuda.is_available():
         return str(tiny), "tiny", "no GPU"
     memory = torch.cuda.get_device_properties(0).total_memory
-    if memory < GPU_MEMORY_7B:
-        return str(tiny), "tiny", f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {GPU_MEMORY_7B / 1e9:.0f}"
+    needed = GPU_MEMORY_7B[args.gradient_checkpointing]
+    if memory < needed:
+        hint = "" if args.gradient_checkpointing else f" ({GPU_MEMORY_7B[True] / 1e9:.0f} with --gradient-checkpointing)"
+        return str(tiny), "tiny", f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {needed / 1e9:.0f}{hint}"
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(official, "config.json"), str):
@@ -292,6 +299,26 @@ def in_one_order(parts):
     return [outcome for _, outcome in sorted((x for part in parts for x in part), key=lambda x: x[0])]
 
 
+def score_frames(vlm, watched, last, final_frames, mode):
+    """`score_rollout` for a stock VLM, which sees pictures and no action: (scores, next_scores), each (T, N).
+
+    watched: of each of the T decisions (frames (N, H, W, 3) uint8, N instructions); last: the same after the last step.
+    final_frames: {(t, n): frame} where the time limit cut an episode.
+    """
+    import torch
+
+    seen = [*watched, last] if mode == "potential" else watched
+    frames = np.concatenate([frames for frames, _ in seen])
+    instructions = [text for _, texts in seen for text in texts]
+    scores = torch.from_numpy(vlm.score_rows(frames, instructions)).float().view(len(seen), -1)
+    scores, following = scores[: len(watched)], scores[1:].clone()
+    if mode == "sum":
+        return scores, torch.zeros_like(scores)
+    for (t, n), frame in final_frames.items():
+        following[t, n] = vlm.score_rows(frame[None], [watched[t][1][n]]).item()
+    return scores, following
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 # --------------------------------------------------------------------------------------------------------------------
@@ -323,9 +350,9 @@ def main():
     import sim
     from envs import Curriculum, LiberoVecEnv, merge_states, split_state
     from eval import evaluate
-    from policy import ActorCritic, OpenVLA
+    from policy import ActorCritic, OpenVLA, explain_out_of_memory
     from ppo import NumericsError, PPOConfig, RolloutBuffer, check_finite, ppo_update
-    from reward_model import RewardModel, shaping_reward
+    from reward_model import StockVLM, load_reward_model, shaping_reward
 
     if not resumed:
         if (out / "config.json").exists() and not restarted:
@@ -379,9 +406,11 @@ def main():
     critic_optimizer = torch.optim.AdamW(
         actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0
     )
-    reward_model, shared = None, False
+    reward_model, stock, shared = None, False, False
     if args.prm_mode != "none" and args.prm_weight > 0:
-        reward_model = RewardModel.from_pretrained(args.reward_model, dtype=dtype, device=device)
+        reward_model = load_reward_model(args.reward_model, dtype=dtype, device=device)
+        stock = isinstance(reward_model, StockVLM)  # judges frames, not what the policy's towers made of them
+    if reward_model is not None and not stock:
         shared = actor_critic.vision_frozen and reward_model.shares_vision(policy_base)  # one vision pass serves both
         if actor_critic.vision_frozen and not shared:
             raise UserError(
@@ -535,7 +564,7 @@ def main():
             began = time.time()
             times = dict(inference=0.0, physics=0.0, render=0.0, wait=0.0)
             wins, episodes, lengths, cut = 0, 0, [], 0
-            final_images, film, ended_at = {}, [], []
+            final_images, final_frames, watched, film, ended_at = {}, {}, [], [], []
             filming = world.first and args.video_every and (iteration % args.video_every == 0 or iteration == 1)
             if actor_critic.critic != "shared" and not shard:
                 actor_critic.merge_for_rollout()
@@ -555,6 +584,8 @@ def main():
                 if filming:
                     film.append(obs["agentview"][0].copy())
                 previous = obs["instruction"]
+                if stock:
+                    watched.append((obs["agentview"].copy(), previous))
                 obs, rewards, terminated, truncated, info = envs.step(actions)
                 for key in ("physics", "render", "wait"):
                     times[key] += info["timing"][key]
@@ -573,6 +604,7 @@ def main():
                         final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
                     kept = {(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True) if truncated[n]}
                     final_images.update(kept)
+                    final_frames.update({(t, n): info["final_obs"]["agentview"][n].copy() for _, n in kept})
                 buffer.store_outcome(
                     t,
                     torch.from_numpy(rewards),
@@ -605,9 +637,13 @@ def main():
             scores = torch.zeros_like(buffer.rewards)
             sparse_rewards = buffer.rewards.clone()
             if reward_model is not None:
-                scores, following = score_rollout(
-                    reward_model, buffer, args.prm_mode, last_observation, final_images, shared
-                )
+                if stock:
+                    last = obs["agentview"], obs["instruction"]
+                    scores, following = score_frames(reward_model, watched, last, final_frames, args.prm_mode)
+                else:
+                    scores, following = score_rollout(
+                        reward_model, buffer, args.prm_mode, last_observation, final_images, shared
+                    )
                 check_finite("RPRM score", scores)
                 buffer.prm_scores = scores
                 buffer.rewards += shaping_reward(
@@ -618,9 +654,10 @@ def main():
 
             # Update: the critic alone during warm-up, then policy and critic.
             clock = time.time()
-            update = ppo_update(
-                actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator, world
-            )
+            with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):
+                update = ppo_update(
+                    actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator, world
+                )
             times["update"] = time.time() - clock
 
             # Counts and (T, N) tables of all ranks. (Seconds stay those of this rank.)
@@ -680,15 +717,15 @@ def main():
             stop.check()
 
         # ---- before and after ------------------------------------------------------------------------------------------
-        trained = actor_critic.merge_policy()
+        trained = actor_critic.merge_policy() if shard else actor_critic.evaluation_model()
         if world.first:
             trained.save_pretrained(out / "policy")
         rows = {}
         if args.final_episodes:
             if shard:
-                start, trained = actor_critic.start_policy(), actor_critic.evaluation_model()
+                start, trained = actor_critic.without_adapters(), actor_critic.evaluation_model()
             else:
-                start = contextlib.nullcontext(OpenVLA.from_pretrained(args.model, dtype=dtype, device=device))
+                start = contextlib.nullcontext(actor_critic.start_policy())
             with start as start_policy:
                 rows["start"] = measure(start_policy, args.final_episodes, out / "videos/start").to_dict()
             rows["trained"] = measure(trained, args.final_episodes, out / "videos/trained").to_dict()

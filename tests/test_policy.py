@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +347,54 @@ def test_shards(official, tmp_path):
         OpenVLA.from_pretrained(tmp_path / "m")
 
 
+def test_shards_load_save_load_is_exact(tmp_path):
+    """The official layout over several shards, at the file's dtype: every tensor back, the unused ones included."""
+    half = OpenVLA.from_pretrained(CHECKPOINT, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "a", max_shard_bytes=1_000_000)
+    again = OpenVLA.from_pretrained(tmp_path / "a", dtype=torch.float16)
+    again.save_pretrained(tmp_path / "b", max_shard_bytes=200_000)
+    tensors = [{}, {}]
+    for folder, found in zip(("a", "b"), tensors, strict=True):
+        for file in (tmp_path / folder).glob("*.safetensors"):
+            found |= load_file(file)
+    reference = load_file(CHECKPOINT / "model.safetensors")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > len(list((tmp_path / "a").glob("*.safetensors"))) > 2
+    for found in tensors:
+        assert found.keys() == reference.keys() and all(torch.equal(found[k], reference[k]) for k in reference)
+    (tmp_path / "b" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="weight_map"):
+        OpenVLA.from_pretrained(tmp_path / "b")
+
+
+LOAD_AND_WATCH = """
+import sys, torch
+from policy import OpenVLA
+def memory(field):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+OpenVLA.from_pretrained(sys.argv[1])  # imports and allocator are warm now
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = memory("VmRSS")
+model = OpenVLA.from_pretrained(sys.argv[2], dtype=torch.float16)
+print(memory("VmHWM") - before, sum(t.nbytes for t in (*model.parameters(), *model.unused.values())))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+def test_loading_holds_one_shard_beside_the_model(tmp_path):
+    """The peak counts the pages of the shard that is open; reading all shards first would need the model twice."""
+    shard = 20_000_000
+    half = OpenVLA.from_pretrained(CHECKPOINT, dtype=torch.float16)
+    half.unused |= {f"unused.{i}": torch.ones(9_000_000, dtype=torch.float16) for i in range(10)}  # 180 MB
+    half.save_pretrained(tmp_path, max_shard_bytes=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 10
+    run = subprocess.run([sys.executable, "-c", LOAD_AND_WATCH, CHECKPOINT, tmp_path], cwd=Path(policy.__file__).parent,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    peak, size = map(int, run.stdout.split())
+    assert size > 180e6 and size < peak + 10e6 and peak < size + 2 * shard
+
+
 def test_dataset_statistics_override(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "m")
     stats = {"mine": {"action": {"q01": [0.0] * 7, "q99": [2.0] * 7}}}
@@ -424,15 +474,22 @@ def test_other_bad_input(small, batch, official, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write to"):
         small.save_pretrained(tmp_path / "file" / "model")
 
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. A page of text.")
 
+def test_out_of_memory_names_the_flag(batch):
+    """A batch of 2^44 rows (views, which cost nothing) makes the first real allocation fail."""
+    ids, mask, pixels = (x[:1].expand(2**44, *x.shape[1:]) for x in batch)
     actor_critic = ActorCritic(tiny(), lora_rank=2)
-    monkeypatch.setattr(OpenVLA, "_states", fails)
-    with pytest.raises(UserError, match="--num-envs"):
+    with pytest.raises(UserError, match="out of memory: .*--num-envs") as error:
         actor_critic.act(ids, mask, pixel_values=pixels)
-    with pytest.raises(UserError, match="--micro-batch-size"):
-        actor_critic.evaluate_actions(ids, mask, torch.zeros(3, 7).long(), pixel_values=pixels)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="out of memory: .*--micro-batch-size"):
+        actor_critic.evaluate_actions(ids, mask, torch.zeros(1, 7).long().expand(2**44, 7), pixel_values=pixels)
+    with pytest.raises(UserError, match="out of memory: .*--model openvla-tiny"):
+        OpenVLA.from_config({**tiny().config, "text_config": {"hidden_size": 2**24, "intermediate_size": 2**24}})
+    with pytest.raises(UserError, match="the GPU is out of memory: use --x"), policy.explain_out_of_memory("use --x"):
+        raise torch.OutOfMemoryError("CUDA out of memory. A page of text.")  # what torch raises on a GPU
+    with pytest.raises(RuntimeError, match="size"), policy.explain_out_of_memory("use --x"):
+        torch.zeros(2) @ torch.zeros(3)  # other errors stay what they are
 
 
 # ---- actor-critic --------------------------------------------------------------------------------------------------
@@ -482,6 +539,12 @@ def test_actor_critic(batch, tmp_path, targets, critic):
     torch.optim.SGD(trained, lr=0.1).step()
     assert all(torch.equal(p, before[name]) for name, p in actor_critic.named_parameters() if name in before)
 
+    # Before any training: the frozen backbone as a plain model, on the same memory.
+    start = actor_critic.start_policy()
+    assert torch.equal(start.generate_actions(ids, pixels, mask).tokens, reference.tokens)
+    frozen = {p.data_ptr() for p in actor_critic.parameters()}
+    assert all(p.data_ptr() in frozen and not p.requires_grad for p in start.parameters())
+
     # Merged: a plain model of the same behaviour, saveable; out of date as soon as an update begins.
     with torch.no_grad():
         want = actor_critic.evaluate_actions(ids, mask, tokens, **images).log_probs
@@ -492,7 +555,7 @@ def test_actor_critic(batch, tmp_path, targets, critic):
     loaded = OpenVLA.from_pretrained(tmp_path / "merged")
     outputs = [model.generate_actions(ids, pixels, mask).logprobs for model in (loaded, merged)]
     assert same(*outputs)
-    actor_critic.merge_for_rollout()
+    assert actor_critic.merge_for_rollout() is actor_critic.merge_for_rollout()  # one copy, refreshed
     fast = actor_critic.act(ids, mask, **images, temperature=0.0)
     disturb(actor_critic.policy_parameters(), seed=2)
     assert same(actor_critic.act(ids, mask, **images, temperature=0.0)[1], fast[1])

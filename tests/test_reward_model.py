@@ -1,6 +1,10 @@
 """RPRM: labels on trajectories with known keyframes, metrics against brute force, training on the real tiny model."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 from PIL import Image
 
 import reward_model as rm
+import train
 from common import UserError
 from policy import build_tiny
 
@@ -537,11 +542,12 @@ CHAT = (
 )
 
 
-@pytest.fixture
-def qwen(tmp_path):
-    """A Qwen2-VL with random weights, in the layout of the hub."""
+@pytest.fixture(params=["Qwen2-VL", "Qwen2.5-VL"])
+def qwen(request, tmp_path):
+    """A Qwen2-VL or its successor with random weights, in the layout of the hub."""
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     words = "<unk> 0 1 user assistant The task is to pick up the red green block , it completed ? Answer for yes or no"
@@ -555,19 +561,23 @@ def qwen(tmp_path):
     )
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
     torch.manual_seed(0)
-    config = Qwen2VLConfig(
+    if request.param == "Qwen2-VL":
+        kind, vision = "Qwen2VL", dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
+    else:
+        kind = "Qwen2_5_VL"
+        vision = dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, window_size=56)
+        vision["fullatt_block_indexes"] = [0]
+    config = getattr(transformers, f"{kind}Config")(
         text_config=dict(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         ),
-        vision_config=dict(
-            depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14, initializer_range=0.5
-        ),
+        vision_config=dict(depth=1, num_heads=2, patch_size=14, initializer_range=0.5, **vision),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )
-    Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(tmp_path)
     return tmp_path
@@ -587,3 +597,50 @@ def test_stock_vlm_scores_frames(qwen):
 def test_stock_vlm_that_is_none(tmp_path):
     with pytest.raises(UserError, match="no vision-language model at"):
         rm.StockVLM.from_pretrained(tmp_path)
+
+
+def test_stock_vlm_scores_a_rollout(qwen):
+    """What train.py does with it: instructions mixed, both modes, a cut episode's own last frame."""
+    vlm = rm.load_reward_model(str(qwen))
+    assert isinstance(vlm, rm.StockVLM)
+    rng = np.random.default_rng(0)
+    texts = ["pick up the red block", "pick up the green block"]
+    seen = [(rng.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8), texts) for _ in range(4)]
+    final = rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    want = torch.tensor([[vlm.score_frames(frames[n : n + 1], texts[n])[0] for n in range(2)] for frames, _ in seen])
+    scores, following = train.score_frames(vlm, seen[:3], seen[3], {}, "sum")
+    torch.testing.assert_close(scores, want[:3].float(), rtol=0, atol=1e-5)
+    assert scores.std() > 1e-3 and not following.any()
+    scores, following = train.score_frames(vlm, seen[:3], seen[3], {(1, 0): final}, "potential")
+    torch.testing.assert_close(scores, want[:3].float(), rtol=0, atol=1e-5)
+    want[2, 0] = vlm.score_frames(final[None], texts[0])[0]  # follows step 1 of environment 0
+    torch.testing.assert_close(following, want[1:].float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.parametrize("qwen", ["Qwen2.5-VL"], indirect=True)
+def test_stock_vlm_in_the_loop(qwen, tmp_path):
+    """`train.py --reward-model VLM`: the default mode is then the paper's sum."""
+    model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
+    model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+    model.save_pretrained(tmp_path / "policy")
+    flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --out {tmp_path / "run"} --num-envs 2
+        --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --final-episodes 0
+        --video-every 0"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "train.py", *flags.split()], cwd=Path(rm.__file__).parent, env=environment,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < metrics["charts/prm_score"] < 1
+    paid = metrics["charts/reward"] * 6 - metrics["charts/sparse_return"] * 2
+    assert paid == pytest.approx(0.02 * metrics["charts/prm_score"] * 6, rel=1e-3)
+
+
+def test_reward_model_is_told_from_a_stock_vlm(tmp_path):
+    with pytest.raises(UserError, match="holds no rprm.json"):
+        rm.load_reward_model(str(tmp_path / "nothing"))
+    build_tiny(0, words=["red"]).save_pretrained(tmp_path / "policy")
+    with pytest.raises(UserError, match="holds no rprm.json"):  # a policy is no judge
+        rm.load_reward_model(str(tmp_path / "policy"))
