@@ -27,7 +27,7 @@ done_already "$OUT/rprm-checks.json" ||
 for temperature in 1.0 0.6 0.0; do # eval.py continues by itself where it stopped
   $PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature $temperature --out "$OUT/eval-start-$temperature"
 done
-for mode in sum none; do # with and without RPRM: Table 2, first row, at the tiny size
+for mode in potential none; do # with and without RPRM: Table 2, first row, at the tiny size
   for seed in 0 1 2; do
     run=$OUT/rl-$mode-seed$seed
     done_already "$run/results.json" && continue
@@ -36,4 +36,4 @@ for mode in sum none; do # with and without RPRM: Table 2, first row, at the tin
     fi
   done
 done
-$PY runs.py --runs "$(printf '%s,' "$OUT"/rl-{sum,none}-seed{0,1,2} | sed 's/,$//')" --out "$OUT/success.png" | tee "$OUT/success.md"
+$PY runs.py --runs "$(printf '%s,' "$OUT"/rl-{potential,none}-seed{0,1,2} | sed 's/,$//')" --out "$OUT/success.png" | tee "$OUT/success.md"

@@ -1019,7 +1019,7 @@ class EvaluateArgs:
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(5, "episodes per task, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
-    weight: float = flag(0.02, "--prm-weight of the RL run to check", min=0.0)
+    weight: float = flag(0.1, "--prm-weight of the RL run to check", min=0.0)
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
     device: str = flag("cpu", "torch device")

@@ -162,11 +162,12 @@ class Args:
         choices=("eq4", "frontier", "uniform"),
     )
     curriculum_tau: float = _flag(0.5, "temperature of the curriculum", min=1e-6)
-    prm_weight: float = _flag(0.02, "weight of the RPRM score in the reward", min=0)
+    prm_weight: float = _flag(0.1, "weight of the RPRM score in the reward", min=0)
     prm_mode: Optional[str] = _flag(
         None,
-        "sum: weight x score per decision (the paper); potential: difference of scores; none",
-        default="sum where there is an RPRM for the policy",
+        "sum: weight x score per decision (the paper; README shows how it was exploited); potential: difference of scores, "
+        "which leaves the best policy the best; none",
+        default="potential where there is an RPRM for the policy",
         choices=("sum", "potential", "none"),
     )
     # Measuring
@@ -250,7 +251,7 @@ def resolve(args):
             "no RPRM for this policy: train one with `python reward_model.py train`, give it with --reward-model, "
             "or turn it off with --prm-mode none"
         )
-    args.prm_mode = args.prm_mode or ("sum" if args.reward_model else "none")  # the banner says which
+    args.prm_mode = args.prm_mode or ("potential" if args.reward_model else "none")  # the banner says which
     return args, size, reason
 
 
