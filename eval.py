@@ -313,7 +313,7 @@ class EpisodeLog:
         if header is None:
             self.append({"settings": settings})
         elif found != settings:
-            key = next(k for k in [*settings, *found] if settings.get(k) != found.get(k))
+            key = next(k for k in [*settings, *found] if settings.get(k, ...) != found.get(k, ...))  # absent is not None
             raise UserError(
                 f"{path} has episodes with {key} = {found.get(key)}, this command has {settings.get(key)}; "
                 f"choose another --out or delete the file"

@@ -159,7 +159,7 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
     runs.save_checkpoint(small_disk, 1, actor_critic, state, keep=2, best=-1)
     need = sum(p.stat().st_size for p in small_disk.rglob("*") if p.is_file())
     refused = 0
-    for spare in range(0, int(1.2 * need), need // 12):
+    for spare in range(0, 3 * need, need // 8):
         fill(small_disk)
         os.truncate(small_disk / "filler", max(0, (small_disk / "filler").stat().st_size - spare))
         try:
@@ -170,7 +170,9 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
             assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["000001"]
             assert runs.load_checkpoint(small_disk, actor_critic)["iteration"] == 1
             refused += 1
-    assert 6 <= refused < 13 and runs.load_checkpoint(small_disk, actor_critic)["iteration"] == 2
+        else:
+            break
+    assert refused >= 6 and runs.load_checkpoint(small_disk, actor_critic)["iteration"] == 2
 
 
 @pytest.mark.libero

@@ -276,6 +276,7 @@ def test_any_damaged_byte_of_a_run_is_noticed_and_the_checkpoint_before_is_taken
             assert err.count("\n") == 1 and "000002 is damaged" in err
         path.unlink()
         assert runs.load_checkpoint(tmp_path, model)["iteration"] == 1
+        assert "000002 is damaged" in capsys.readouterr().err
         path.write_bytes(good)
     shutil.rmtree(tmp_path / "checkpoints" / "000001")
     files[0].unlink()
