@@ -48,7 +48,8 @@ _MACHINE_ERRORS |= {errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDI
 
 
 def _one_line(text):
-    return " ".join(str(text).split())
+    """One line that any terminal can print: bytes of a flag that are no UTF-8 arrive here as lone surrogates."""
+    return " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
 
 
 def _show_uncaught(kind, exc, traceback):

@@ -485,7 +485,8 @@ def test_out_of_memory_names_the_flag(batch):
     with pytest.raises(UserError, match="out of memory: .*--micro-batch-size"):
         actor_critic.evaluate_actions(ids, mask, torch.zeros(1, 7).long().expand(2**44, 7), pixel_values=pixels)
     with pytest.raises(UserError, match="out of memory: .*--model openvla-tiny"):
-        OpenVLA.from_config({**tiny().config, "text_config": {"hidden_size": 2**24, "intermediate_size": 2**24}})
+        big = {"hidden_size": 2**16, "num_attention_heads": 2**10, "num_hidden_layers": 1000, "intermediate_size": 2**18}
+        OpenVLA.from_config({**tiny().config, "text_config": {**tiny().config["text_config"], **big, "num_key_value_heads": 2**10}})
     with pytest.raises(UserError, match="the GPU is out of memory: use --x"), policy.explain_out_of_memory("use --x"):
         raise torch.OutOfMemoryError("CUDA out of memory. A page of text.")  # what torch raises on a GPU
     with pytest.raises(RuntimeError, match="size"), policy.explain_out_of_memory("use --x"):
