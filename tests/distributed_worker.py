@@ -84,7 +84,7 @@ def update(world, name, shard=False):
     metrics = ppo_update(actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), world)
     weights = [*actor_critic.policy_parameters(), *actor_critic.critic_parameters()]
     merged = {name: p.detach() for name, p in actor_critic.merge_policy().named_parameters()}
-    with torch.no_grad(), actor_critic.start_policy() as start:
+    with torch.no_grad(), actor_critic.without_adapters() as start:
         ids, mask = start.tokenize(["pick milk"])
         before = start.prompt_state(ids, mask, pixel_values=torch.ones(1, 6, 32, 32))
     return {
