@@ -37,7 +37,7 @@ def start(command, **environment):
 
 
 def finish(run, code=0):
-    stdout, stderr = run.communicate(timeout=800)
+    stdout, stderr = run.communicate(timeout=2400)
     assert run.returncode == code, stderr
     return stdout, stderr
 
@@ -293,12 +293,14 @@ def _same(ours, theirs):
 @pytest.mark.slow
 def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_path):  # noqa: F811
     out = tmp_path / "run"
-    flags = ("--total-steps", "12", "--keep", "3", "--max-episode-steps", "8", "--critic-warmup", "0", "--final-episodes", "3")
+    flags = ("--total-steps", "12", "--keep", "3", "--max-episode-steps", "8", "--critic-warmup", "0", "--final-episodes", "3",
+             "--worker-timeout", "600")
     stdout, stderr = finish(start([*LAUNCH, *_command(models, out, *flags)[1:]]))
     two = _metrics(out)
     results = json.loads((out / "results.json").read_text())
     assert "on 2 ranks" in stdout and sum(line.startswith("it ") for line in stdout.splitlines()) == 2  # only rank 0 speaks
-    assert [m["charts/decisions"] for m in two] == [6, 12] and all(m["charts/episodes"] == 2 for m in two)
+    assert [m["charts/decisions"] for m in two] == [6, 12]
+    assert [m["charts/episodes"] for m in two] == [2, 4]  # three decisions each, two to an episode
     for row in results.values():  # each test state once, though neither rank played all
         assert [(e["task_id"], e["init_state"]) for e in row["episodes"]] == [(0, 0), (0, 1), (0, 2)]
     assert "Traceback" not in stderr.split("torch.distributed")[0]
@@ -321,7 +323,7 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint_and_ctrl_c_stops_all(models, tmp_path):  # noqa: F811
     out, log = tmp_path / "run", tmp_path / "log"
-    command = [*LAUNCH, "--max-restarts", "1", *_command(models, out, "--total-steps", "6000")[1:]]
+    command = [*LAUNCH, "--max-restarts", "1", *_command(models, out, "--total-steps", "6000", "--worker-timeout", "600")[1:]]
     with open(log, "w") as file:
         run = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
