@@ -417,7 +417,7 @@ def read_demos(path, images=True):
                 if images:
                     pictures = obs["agentview_rgb"]
                     side = pictures.shape[1]
-                    if pictures.shape != (steps, side, side, 3) or pictures.dtype != np.uint8 or not 1 <= side <= 2048:
+                    if pictures.shape != (steps, side, side, 3) or pictures.dtype != np.uint8 or not 8 <= side <= 2048:
                         raise ValueError(f"agentview_rgb is {pictures.dtype} {pictures.shape} beside {steps} actions")
                     demo["agentview"] = np.ascontiguousarray(np.asarray(pictures)[:, ::-1, ::-1])
                 yield demo

@@ -304,7 +304,7 @@ class EpisodeLog:
         self.file.truncate(len(whole))
         try:
             header, *self.episodes = [json.loads(line) for line in whole.splitlines()] or [None]
-            found = dict(header["settings"]) if header is not None else None
+            found = None if header is None else dict(header["settings"])
             for episode in self.episodes:
                 if not isinstance(episode, dict) or not {"task_id", "init_state", "success", "steps"} <= episode.keys():
                     raise ValueError(episode)

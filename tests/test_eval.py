@@ -50,8 +50,8 @@ def test_log_survives_a_kill_and_refuses_other_settings(tmp_path):
     path.write_bytes(whole + b'{"task_id": 0, "init_st')  # killed while writing
     log = EpisodeLog(path, {"seed": 1, "suite": SUITE})
     assert log.episodes == episodes and path.read_bytes() == whole
-    log.append({"task_id": 1})
-    assert EpisodeLog(path, {"seed": 1, "suite": SUITE}).episodes == [*episodes, {"task_id": 1}]
+    log.append(episodes[0])
+    assert EpisodeLog(path, {"seed": 1, "suite": SUITE}).episodes == [*episodes, episodes[0]]
     with pytest.raises(UserError, match="seed = 1, this command has 2"):
         EpisodeLog(path, {"seed": 2, "suite": SUITE})
     with pytest.raises(UserError, match="render = None, this command has light"):
