@@ -430,15 +430,12 @@ def read_demos(path, images=True):
 
 
 def _numbers(dataset, steps, width):
-    """(steps, width) finite numbers of an HDF5 dataset; None: any number of them. Raises ValueError."""
+    """(steps, width) numbers of an HDF5 dataset, NaN included; None: any number of them. Raises ValueError."""
     rows, columns = dataset.shape  # an AttributeError or ValueError for what is no table
     if dataset.dtype.kind not in "fiu" or steps not in (None, rows) or width not in (None, columns) or not rows:
         wanted = f"({steps or 'T'}, {width or 'any'})"
         raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, expected {wanted}")
-    values = np.asarray(dataset)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{dataset.name} is not finite")
-    return values
+    return np.asarray(dataset)
 
 
 def _instruction(data, path):

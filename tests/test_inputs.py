@@ -8,6 +8,7 @@ import copy
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import h5py
@@ -104,8 +105,11 @@ def test_any_name_of_nothing_is_one_line(main, argv, text, capsys, monkeypatch, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("sys.argv", ["script", *(f"{argv[0]}={text}" if x == "TEXT" else x for x in argv[1:])])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as stop:
         main()
+    for number, handler in handlers.items():  # train.py's own would stay
+        signal.signal(number, handler)
     err = capsys.readouterr().err
     assert stop.value.code in (1, 2) and "error: " in err and "Traceback" not in err
     assert not [p for p in Path.cwd().rglob("*") if p.is_file()]  # nothing half-written
