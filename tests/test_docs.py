@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SCRIPTS = ("demos.py", "sft.py", "reward_model.py", "train.py", "eval.py")
-SUBCOMMANDS = {"reward_model.py": ("label", "train", "score", "evaluate")}
+SUBCOMMANDS = {"reward_model.py": ("label", "train", "score", "record", "evaluate")}
 # Links such as [`ppo.py:compute_gae`](ppo.py#L240), with an optional: at `words of the line meant`.
 LINK = re.compile(r"\[`(\w+\.py):([\w.]+)`\]\((\w+\.py)#L(\d+)\)(?: at `([^`]+)`)?")
 

@@ -621,13 +621,13 @@ def test_stock_vlm_scores_a_rollout(qwen):
 @pytest.mark.slow
 @pytest.mark.parametrize("qwen", ["Qwen2.5-VL"], indirect=True)
 def test_stock_vlm_in_the_loop(qwen, tmp_path):
-    """`train.py --reward-model VLM`: the default mode is then the paper's sum."""
+    """`train.py --reward-model VLM`, with the paper's sum, whose payment is easy to add up."""
     model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
     model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
     model.save_pretrained(tmp_path / "policy")
     flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --out {tmp_path / "run"} --num-envs 2
         --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --final-episodes 0
-        --video-every 0"""
+        --video-every 0 --prm-mode sum --prm-weight 0.02"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "train.py", *flags.split()], cwd=Path(rm.__file__).parent, env=environment,
                          capture_output=True, text=True)
