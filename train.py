@@ -400,13 +400,6 @@ def main():
     actor_critic = ActorCritic(
         policy_base, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
     )
-    if shard:
-        actor_critic.shard(device)
-    world.copy_from_first_([*actor_critic.policy_parameters(), *actor_critic.critic_parameters()])
-    policy_optimizer = torch.optim.AdamW(actor_critic.policy_parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
-    critic_optimizer = torch.optim.AdamW(
-        actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0
-    )
     reward_model, stock, shared = None, False, False
     if args.prm_mode != "none" and args.prm_weight > 0:
         reward_model = load_reward_model(args.reward_model, dtype=dtype, device=device)
@@ -418,6 +411,13 @@ def main():
                 f"{args.reward_model} has other vision weights than {args.model}: train it from that policy with "
                 "`reward_model.py train --policy …`, or use --lora-targets all"
             )
+    if shard:  # now that its vision weights were compared
+        actor_critic.shard(device)
+    world.copy_from_first_([*actor_critic.policy_parameters(), *actor_critic.critic_parameters()])
+    policy_optimizer = torch.optim.AdamW(actor_critic.policy_parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
+    critic_optimizer = torch.optim.AdamW(
+        actor_critic.critic_parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0
+    )
 
     # ---- environments ------------------------------------------------------------------------------------------------
     world.barrier()  # every rank has seen whether there is a run already
