@@ -327,7 +327,7 @@ def test_torchrun_restarts_from_the_last_checkpoint_and_ctrl_c_stops_all(models,
     with open(log, "w") as file:
         run = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def wait_for(what, seconds=400):
+    def wait_for(what, seconds=800):
         deadline = time.time() + seconds
         while not what():
             assert time.time() < deadline and run.poll() is None, log.read_text()
