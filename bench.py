@@ -412,16 +412,20 @@ def soak(args):
             if not report.exists():
                 continue
             audit = json.loads(report.read_text())
-            workers = [p for p in main.children() if "_worker_main" in str(p.cmdline())]
+            workers = {}  # process -> (MB, when it started)
+            for p in main.children():
+                with contextlib.suppress(psutil.Error):  # some may be dying
+                    if "_worker_main" in str(p.cmdline()):
+                        workers[p] = p.memory_info().rss / 1e6, p.create_time()
             if began is None:
                 began, next_fault = time.time(), time.time() + rng.exponential(args.kill_every)
             seen |= set(workers)
-            memory = {p.pid: p.memory_info().rss / 1e6 for p in workers if time.time() - p.create_time() > 60}
+            memory = {p.pid: megabytes for p, (megabytes, start) in workers.items() if time.time() - start > 60}
             samples.append((time.time() - began, main.memory_info().rss / 1e6, memory))
             bar.update(round(time.time() - began) - bar.n)
             if time.time() > next_fault and audit["updates"] > done_at_fault and workers:
                 how = "SIGKILL" if rng.random() < 0.5 else "SIGSTOP"
-                os.kill(workers[rng.integers(len(workers))].pid, getattr(signal, how))
+                list(workers)[rng.integers(len(workers))].send_signal(getattr(signal, how))
                 faults[how] += 1
                 next_fault, done_at_fault = time.time() + rng.exponential(args.kill_every), audit["updates"] + 1
         stopping = time.time()

@@ -5,7 +5,7 @@ Nothing here is about the method; train.py stays readable without it. Three prom
 * Everything that `--resume` needs is written once per iteration, into a temporary name, synced, then renamed: a kill or a
   full disk at any moment leaves the previous state whole.
 * A line of metrics.jsonl is synced before the next iteration starts. Lines newer than the checkpoint are dropped at resume.
-* Ctrl-C and SIGTERM end a run between two decisions; after 15 seconds (a long update, a hung driver) wherever it is.
+* Ctrl-C and SIGTERM end a run between two decisions; after 10 seconds (a long update, a hung driver) wherever it is.
   That is safe because of the first promise.
 
     python runs.py --runs runs/rl-sum-seed0,runs/rl-none-seed0 --out comparison.png     # success of several runs in one plot
@@ -33,7 +33,7 @@ class Stop:
     Until `begin` nothing is worth saving, and the first one interrupts whatever is being built or loaded.
     """
 
-    GRACE = 15.0  # seconds from the first signal until the process ends wherever it is
+    GRACE = 10.0  # seconds from the first signal until the process ends wherever it is
 
     def __init__(self, out, say=print):
         self.hint = f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}"
