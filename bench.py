@@ -101,6 +101,7 @@ class _Ours:
 
     def reset(self, init_state):
         self.episode.reset(init_state)
+        self.episode.render()  # the picture for the first decision; stock has drawn all ten no-ops
 
     def step(self, action):
         self.episode.step(action)
@@ -174,7 +175,7 @@ def _turn(player, seconds, seed):
     player.reset(0)
     clocks.append((time.perf_counter(), time.process_time()))
     rng, steps = np.random.default_rng(seed), 0
-    while time.perf_counter() - clocks[1][0] < seconds:
+    while time.perf_counter() - clocks[1][0] < seconds and steps < 900:  # stock episodes end at 1,000
         player.step(rng.uniform(-1, 1, 7))
         steps += 1
     clocks.append((time.perf_counter(), time.process_time()))

@@ -299,8 +299,8 @@ def _work(job):
     return task_id, (str(part), attempts, task.instruction)
 
 
-def demo_path(out, suite, instruction):
-    return Path(out) / suite / f"{safe_name(instruction)}_demo.hdf5"
+def demo_path(out, suite, name):
+    return Path(out) / suite / f"{safe_name(name)}_demo.hdf5"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,6 +329,8 @@ def write_demos(path, demos, action_repeat, instruction, **attributes):
                 g.attrs["num_samples"] = len(demo["actions"])
                 obs = g.create_group("obs")
                 for key, value in demo.items():
+                    if key in ("dones", "rewards"):
+                        continue
                     where = obs if key in _OBS else g
                     if key == "agentview_rgb":  # one chunk a frame; gzip 1 halves it for 4 ms
                         where.create_dataset(
@@ -402,14 +404,16 @@ def read_demos(path, images=True):
                 g = data[name]
                 obs = g["obs"]
                 steps = len(_numbers(g["actions"], None, 7))
-                ee_pos = _numbers(obs["ee_pos"], steps, 3) if "ee_pos" in obs else _numbers(obs["ee_states"], steps, 6)
+                # Positions and gripper are for the reward model's labels, which say themselves what they miss.
+                ee_pos = _numbers(obs["ee_pos"], None, 3) if "ee_pos" in obs else _numbers(obs["ee_states"], None, 6)
+                gripper = _numbers(obs["gripper_states"], None, 2) if "gripper_states" in obs else None
                 demo = dict(
                     actions=_numbers(g["actions"], steps, 7).astype(np.float64),
                     instruction=instruction,
                     action_repeat=action_repeat,
                     name=name,
                     file=str(path),
-                    gripper_states=_numbers(obs["gripper_states"], steps, 2),
+                    gripper_states=gripper,
                     ee_pos=ee_pos[:, :3],
                 )
                 if "states" in g:

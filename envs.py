@@ -502,8 +502,8 @@ class LiberoVecEnv(VectorEnv):
     curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Episodes that were asked for by `assign` or
         by the options of `reset` do not count in its statistics.
     autoreset: True = SAME_STEP; False = a slot whose episode ended is parked until `reset`.
-    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.5 GB each and 0.9 GB more for the
-        first; a slot costs 5 MB. Beyond that number, the least recently used task that no slot plays is dropped, and a
+    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.1 GB each and 0.4 GB more for
+        the first; a slot costs 5 MB. Beyond that number, the least recently used task that no slot plays is dropped, and a
         later visit costs a rebuild (seconds).
     timeout: seconds that a worker may take for one command before it is replaced. One that stands still (stopped, or a
         deadlock: no processor time) is noticed after about HANG_CHECKS seconds.
@@ -561,7 +561,7 @@ class LiberoVecEnv(VectorEnv):
         self._asked_next = np.zeros(num_envs, bool)  # the coming one is
         self._drawn_at = np.full(num_envs, -1)  # curriculum.num_updates when the coming task was drawn
         self._stepping = np.zeros(num_envs, bool)
-        self._sent_at = np.zeros(num_envs)
+        self._began_at = np.zeros(num_envs)  # of each slot's last step, on the clock of time.perf_counter
         self._egl_devices = egl_devices
         self.num_restarts = 0  # workers replaced so far
         self._config = {"parent": os.getpid(), "suite": suite, "num_envs": num_envs, "render": render,
@@ -782,7 +782,7 @@ class LiberoVecEnv(VectorEnv):
         With two groups of half the slots each, the policy computes actions for one while physics runs for the other.
         actions: (slots in the group, 7).
         """
-        rows, s = range(self.num_envs)[slots], self._s
+        rows, s, began = range(self.num_envs)[slots], self._s, time.perf_counter()
         self._check_idle("step_async", rows)
         actions = np.asarray(actions, np.float64)
         if actions.shape != (len(rows), 7):
@@ -797,7 +797,7 @@ class LiberoVecEnv(VectorEnv):
         s.actions[slots], s.status[slots], s.reward[slots], s.seconds[slots] = actions, NEW, 0.0, 0.0
         for flags in (s.terminated, s.truncated, s.worker_restarted, s.started):
             flags[slots] = False
-        self._stepping[slots], self._sent_at[slots] = True, time.perf_counter()
+        self._stepping[slots], self._began_at[slots] = True, began
         self._command(rows, "step", self.action_repeat, self.max_steps)
 
     def step_wait(self, slots=slice(None)):
@@ -807,7 +807,7 @@ class LiberoVecEnv(VectorEnv):
             raise RuntimeError("step_wait: call step_async for these environments first")
         waiting_since = time.perf_counter()
         self._await(rows)
-        now = time.perf_counter()
+        wait = time.perf_counter() - waiting_since
         self._stepping[slots] = False
         for i in rows:  # in the order of the slots, whoever answered first
             ended = s.terminated[i] or s.truncated[i]
@@ -825,11 +825,10 @@ class LiberoVecEnv(VectorEnv):
         info["_final_obs"] = (s.terminated | s.truncated)[slots]
         physics, render, reset = s.seconds[slots].sum(axis=0).tolist()
         busiest = max(h.busy_seconds for h in self._workers if set(h.slots).intersection(rows))
-        wall = now - float(self._sent_at[slots].min())
-        info["timing"] = dict(physics=physics, render=render, reset=reset, busiest=busiest, wall=wall,
-                              wait=now - waiting_since)
         flags = (s.reward[slots].copy(), s.terminated[slots].copy(), s.truncated[slots].copy())
-        return self._observation(slots), *flags, info
+        obs, wall = self._observation(slots), time.perf_counter() - float(self._began_at[slots].min())
+        info["timing"] = dict(physics=physics, render=render, reset=reset, busiest=busiest, wall=wall, wait=wait)
+        return obs, *flags, info
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
 

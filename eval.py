@@ -16,20 +16,21 @@ Results in the output directory: `episodes.jsonl`, `results.json`, `results.md`,
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 import distributed
-from common import UserError, atomic_write, main_guard, parse_args, progress_bar, safe_name, wilson_interval
+from common import UserError, atomic_write, fingerprint, main_guard, parse_args, progress_bar, safe_name, wilson_interval
 from envs import NUM_INIT_STATES, LiberoVecEnv
+
+MAX_LOST = 3  # tries of an episode that takes its simulator down with it
 
 # torch, policy and sim are imported where they are used: they take seconds, and `--help` should not.
 
@@ -197,6 +198,7 @@ def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_d
     obs, _ = envs.reset(options={"task_ids": tasks, "init_states": inits})
     sampler = [_generator(seed, episode) for episode in playing]
     movie = [[] for _ in range(n)]
+    lost = Counter()  # (task, initial state) -> simulators that died or hung while playing it
     actions = np.zeros((n, 7))
     with bar:
         while together(bool(envs.active.any() or queue)):
@@ -219,6 +221,10 @@ def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_d
             for i in np.flatnonzero(info["_final_obs"]).tolist():
                 task, init = playing[i]
                 if info["worker_restarted"][i]:
+                    lost[task, init] += 1
+                    if lost[task, init] > MAX_LOST:
+                        raise UserError(f"task {task}, state {init} lost its simulator {lost[task, init]} times; giving up. "
+                                        "--task-ids leaves a task out")
                     queue.appendleft((task, init))  # nobody's fault: once more
                 else:
                     success, steps = bool(info["success"][i]), int(info["episode_length"][i])
@@ -265,27 +271,20 @@ def _write_video(directory, frames, episode, action_repeat):
         drawn.append(np.asarray(image))
     drawn += [drawn[-1]] * 3  # players tend to swallow the last frames
     path = Path(directory) / f"task{episode['task_id']:02d}_state{episode['init_state']:02d}_{outcome}.mp4"
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.mp4")
-    imageio.mimwrite(temporary, drawn, fps=20 / action_repeat, macro_block_size=None)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(temporary, drawn, fps=20 / action_repeat, macro_block_size=None)
+        os.replace(temporary, path)
+    except OSError as exc:  # a full disk: the film is lost, the evaluation is not
+        print(f"warning: no video {path}: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(checkpoint):
-    """Tells apart two checkpoints that had the same name. Cheap at 15 GB: sizes, and the last megabyte of each file."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*")):
-        if path.suffix in (".safetensors", ".json") and path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            with open(path, "rb") as file:
-                file.seek(-min(path.stat().st_size, 2**20), os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()[:16] if Path(checkpoint).is_dir() else str(checkpoint)
 
 
 class EpisodeLog:
@@ -355,7 +354,7 @@ def main():
 
     out = Path(args.out or f"runs/eval-{safe_name(args.checkpoint)}-{args.suite}")
     settings = dict(
-        suite=args.suite, checkpoint=_fingerprint(args.checkpoint), temperature=args.temperature,
+        suite=args.suite, checkpoint=fingerprint(args.checkpoint), temperature=args.temperature,
         whole_vocabulary=args.whole_vocabulary, seed=args.seed if args.temperature > 0 else None, render=args.render,
         dtype=dtype, action_repeat=model.action_repeat, max_steps=sim.max_steps(args.suite),
     )

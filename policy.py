@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, read_json, silence_third_party
+from common import UserError, read_json, silence_third_party, sync_directory
 
 ACTION_DIM = 7
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -781,8 +781,8 @@ class OpenVLA(nn.Module):
 
 @contextlib.contextmanager
 def _replace_files(directory, stale=()):
-    """Yield an empty directory beside `directory`; afterwards drop the stale patterns and move everything in,
-    config.json last.
+    """Yield an empty directory beside `directory`; afterwards move everything in, config.json last, and drop what
+    else fits the stale patterns.
 
     A full disk or a crash while writing gigabytes then leaves the old checkpoint as it was.
     """
@@ -793,13 +793,17 @@ def _replace_files(directory, stale=()):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
-        for pattern in stale:
-            for old in directory.glob(pattern):
-                old.unlink()
-        for file in sorted(part.rglob("*"), key=lambda file: file.name == "config.json"):
-            if file.is_file():
-                (directory / file.relative_to(part)).parent.mkdir(exist_ok=True)
-                os.replace(file, directory / file.relative_to(part))
+        files = sorted((f for f in part.rglob("*") if f.is_file()), key=lambda file: file.name == "config.json")
+        for file in files:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        moved = {directory / file.relative_to(part) for file in files}
+        for file in files:
+            (directory / file.relative_to(part)).parent.mkdir(exist_ok=True)
+            os.replace(file, directory / file.relative_to(part))
+        for old in {old for pattern in stale for old in directory.glob(pattern)} - moved:
+            old.unlink()
+        sync_directory(directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {directory}: {getattr(error, 'strerror', None) or error}") from error
     finally:

@@ -117,7 +117,7 @@ def find_milestones(openness, change, still, hold):
     Not significant: an opening before the first closing, which is the hand getting ready after reset (we start as
     "opening"), and a turn that is taken back within `hold` rows, which is a slip.
     """
-    milestones, opening, extreme, turned = [], True, openness[0], False
+    milestones, opening, arrived, extreme, turned = [], True, True, openness[0], False  # arrived: where they last stopped
     motion = np.append(np.abs(np.diff(openness)), 0.0)
     for t, value in enumerate(openness):
         extreme = max(extreme, value) if opening else min(extreme, value)
@@ -125,6 +125,9 @@ def find_milestones(openness, change, still, hold):
             opening, extreme, turned = not opening, value, True
         if turned and motion[t] < still:
             turned = False
+            if opening == arrived:  # they went back before they had stopped: nothing changed
+                continue
+            arrived = opening
             if milestones and t - milestones[-1] < hold:
                 milestones.pop()
             else:
@@ -742,11 +745,11 @@ def roll(rprm, model, sim, episodes, limit, choose):
     """Run started episodes of one task in lockstep for at most `limit` decisions, scoring every step.
 
     choose(rows, input_ids, attention_mask, patch_embeddings) -> action tokens (n, 7), actions (n, 7) of the episodes
-    `rows`. model: the OpenVLA that `choose` uses. rprm None: nothing is scored. Returns one dict per episode: success,
+    `rows`. model: the OpenVLA that `choose` uses. rprm None: nothing is scored, and no progress taken. Returns one dict per episode: success,
     scores (T,), state_scores (T + 1,), progress (T + 1,), states (T), actions (T), frames (T).
     """
     shared = rprm is None or rprm.shares_vision(model)
-    progress = [TaskProgress(sim, episode.privileged()) for episode in episodes]
+    progress = [TaskProgress(sim, episode.privileged()) for episode in episodes if rprm is not None]
     names = ("scores", "state_scores", "progress", "states", "actions", "frames", "ee_pos", "gripper_states")
     runs = [{"success": False, **{name: [] for name in names}} for _ in episodes]
     for step in progress_bar(range(limit + 1), desc=f"task {sim.task_id}", unit="decision", leave=False):
@@ -756,11 +759,10 @@ def roll(rprm, model, sim, episodes, limit, choose):
         frames = np.stack([episodes[i].render() for i in rows])
         input_ids, attention_mask = model.tokenize([sim.instruction] * len(rows))
         own = embed_frames(model if rprm is None else rprm.model, frames)
-        for i in rows:
-            runs[i]["progress"].append(progress[i](episodes[i].privileged()))
         if rprm is not None:
             for i, score in zip(rows, rprm.score(input_ids, attention_mask, None, patch_embeddings=own), strict=True):
                 runs[i]["state_scores"].append(float(score))
+                runs[i]["progress"].append(progress[i](episodes[i].privileged()))
         if step == limit:
             break
         tokens, actions = choose(rows, input_ids, attention_mask, own if shared else embed_frames(model, frames))
@@ -827,9 +829,11 @@ def record_runs(directory, sim, runs, action_repeat):
                 actions = np.array(run["actions"])
                 actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # files: -1 open, +1 close
                 arrays = {key: np.array(run[key]) for key in ("ee_pos", "gripper_states")}
+                if kind == "failure":  # a demonstration's last row has a 1 in both
+                    arrays.update({key: np.zeros(len(actions), np.uint8) for key in ("rewards", "dones")})
                 demos.append({"actions": actions, "agentview_rgb": np.array(run["frames"])[:, ::-1, ::-1], **arrays})
         if demos:
-            path = demo_path(directory, kind, sim.instruction)
+            path = demo_path(directory, kind, sim.name)  # not the instruction: tasks of libero_90 share those
             write_demos(path, demos, action_repeat, sim.instruction, suite=sim.suite, task_id=sim.task_id)
 
 
@@ -874,21 +878,26 @@ def evaluate(rprm, model, suite, task_ids, *, episodes_per_task, temperature, we
 
 
 def report(runs, hovers, weight, gamma, rate):
-    """Numbers from runs (of `roll`) and the hovering twins of the successful ones, in order; NaN: nothing was seen."""
+    """Numbers from runs (of `roll`) and the hovering twins of the successful ones, in order; NaN: nothing was seen.
+
+    "state_score" and "state_only" are about the score without the action, which `--prm-mode potential` takes
+    differences of; the others about the score of the action in its context, which `sum` adds up.
+    """
 
     def mean(values):
         values = [v for v in values if not math.isnan(v)]
         return float(np.mean(values)) if values else math.nan
 
     won = [run for run in runs if run["success"]]
-    correlations = {"cumulative_score": [], "time_alone": [], "score_and_next_second": []}
+    names = ("cumulative_score", "time_alone", "score_and_next_second", "state_score", "state_score_and_next_second")
+    correlations = {name: [] for name in names}
     for run in won:
-        scores, progress = np.array(run["scores"]), np.array(run["progress"])
+        scores, state_scores, progress = (np.array(run[name]) for name in ("scores", "state_scores", "progress"))
         T = len(scores)
         gain = progress[np.minimum(np.arange(T) + max(1, round(rate)), T)] - progress[:-1]
-        correlations["cumulative_score"].append(spearman(np.cumsum(scores), progress[1:]))
-        correlations["time_alone"].append(spearman(np.arange(T), progress[1:]))
-        correlations["score_and_next_second"].append(spearman(scores, gain))
+        values = np.cumsum(scores), np.arange(T), scores, state_scores[:T], state_scores[:T]
+        for name, value, truth in zip(names, values, (progress[1:], progress[1:], gain, progress[:-1], gain), strict=True):
+            correlations[name].append(spearman(value, truth))
 
     pairs = [pair for pair in zip(won, hovers, strict=True) if not pair[1]["success"]]  # some objects fall into place
     loitering = {}
@@ -910,6 +919,9 @@ def report(runs, hovers, weight, gamma, rate):
         "episodes": len(runs),
         "successes": len(won),
         "episode_auroc": auroc([np.mean(run["scores"]) for run in runs], [run["success"] for run in runs]),
+        "episode_auroc_state_only": auroc(
+            [np.mean(run["state_scores"][: len(run["scores"])]) for run in runs], [run["success"] for run in runs]
+        ),
         "mean_score": {
             kind: mean(float(np.mean(run["scores"])) for run in runs if run["success"] == (kind == "success"))
             for kind in ("success", "failure")
@@ -937,9 +949,12 @@ def print_report(numbers):
     print(
         f"{numbers['suite']}, tasks {tasks}: {numbers['successes']} of {numbers['episodes']} episodes succeeded\n"
         f"mean score of successes / failures    {means['success']:.3f} / {means['failure']:.3f}\n"
-        f"episode AUROC                         {numbers['episode_auroc']:.3f}\n"
-        f"Spearman with true progress: sum of scores {s['cumulative_score']:.3f}, time alone {s['time_alone']:.3f}; "
-        f"score and the next second's progress {s['score_and_next_second']:.3f}\n"
+        f"episode AUROC                         {numbers['episode_auroc']:.3f}; of the score without the action "
+        f"{numbers['episode_auroc_state_only']:.3f}\n"
+        f"Spearman with true progress           sum of scores {s['cumulative_score']:.3f}, time alone {s['time_alone']:.3f}, "
+        f"score without the action {s['state_score']:.3f}\n"
+        f"  with the next second's progress     score {s['score_and_next_second']:.3f}, without the action "
+        f"{s['state_score_and_next_second']:.3f}\n"
         f"loitering, weight {numbers['weight']:g}, gamma {numbers['gamma']:g}\n"
         f"  {'mode':<10}{'return of success':>19}{'of hovering':>13}{'hovering wins':>15}{'safe weight':>13}"
     )
@@ -1023,7 +1038,7 @@ class EvaluateArgs:
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
     device: str = flag("cpu", "torch device")
-    seed: int = flag(0, "seed of the sampling", min=0, max=2**32 - 1)
+    seed: int = flag(2, "seed of placements and sampling; not one that data was recorded with", min=0, max=2**32 - 1)
 
 
 @dataclass
@@ -1145,13 +1160,20 @@ def run_score(args):
         else:
             what = (trajectory["frames"], trajectory["instruction"], trajectory["actions"])
             scores = judge.score_frames(*what, args.suite)
-        records.append({"name": trajectory["name"], "labels": result.labels.tolist(), "scores": scores.tolist()})
+        labels = result.labels if result.usable else np.full_like(result.labels, IGNORED)
+        records.append({"name": trajectory["name"], "labels": labels.tolist(), "scores": scores.tolist()})
         if args.plot:
             path = args.plot / f"{safe_name(trajectory['name'])}.png"
             plot_trajectory(path, trajectory["frames"], result, trajectory["name"], scores)
+    if not records:
+        raise UserError(f"{args.demos} has no trajectory after the first {args.skip} of each file; lower --skip")
     scores, labels = (np.concatenate([r[key] for r in records]) for key in ("scores", "labels"))
-    known = labels != IGNORED
-    print(f"{summary}\nAUROC against the pseudo labels {auroc(scores[known], labels[known] == POSITIVE):.3f}")
+    scores, labels = scores[labels != IGNORED], labels[labels != IGNORED] == POSITIVE
+    errors, prevalence = calibration(scores, labels), np.mean(labels) if len(labels) else math.nan
+    print(
+        f"{summary}\nagainst the pseudo labels ({len(labels)} rows): AUROC {auroc(scores, labels):.3f}, average precision "
+        f"{average_precision(scores, labels):.3f} (random {prevalence:.3f}), ECE {errors['ece']:.3f}, Brier {errors['brier']:.3f}"
+    )
     if args.json:
         atomic_write(args.json, json.dumps(records))
 
@@ -1175,6 +1197,8 @@ def run_record(args):
     task_ids = check_task_ids(args.suite, args.task_ids)
     model = OpenVLA.from_pretrained(args.policy, device=args.device)
     options = {name: getattr(args, name) for name in ("episodes_per_task", "temperature", "seed")}
+    if (there := [args.out / kind for kind in ("success", "failure") if any((args.out / kind).glob("*.hdf5"))]):
+        raise UserError(f"{there[0]} already holds recordings: choose another --out")
     won = total = 0
     for _, _, done in policy_runs(None, model, args.suite, task_ids, record=args.out, **options):
         won, total = won + sum(run["success"] for run in done), total + len(done)

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -43,6 +44,12 @@ class Stop:
             signal.signal(s, self._request)
 
     def begin(self):
+        # Python runs handlers between two bytecodes of the main thread, so never while that thread hangs in a driver.
+        # But the number of each signal comes out of this socket at once, where another thread waits for it.
+        self._alarm = socket.socketpair()
+        self._alarm[1].setblocking(False)
+        signal.set_wakeup_fd(self._alarm[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._guard, daemon=True).start()
         self.begun = True
 
     def check(self, *_):
@@ -51,15 +58,24 @@ class Stop:
             raise KeyboardInterrupt
 
     def _request(self, number, frame):
-        if self.requested:
-            os._exit(128 + number)  # workers leave by themselves when their pipe closes
         if not self.begun:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested = True
+            self.say("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
+
+    def _guard(self):
+        """End the process at the second signal at once, and some time after the first wherever it is."""
+        self._next_signal()
         late = threading.Timer(self.GRACE, self._leave)
         late.daemon = True
         late.start()
-        self.say("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
+        os._exit(128 + self._next_signal())  # workers leave by themselves when their pipe closes
+
+    def _next_signal(self):
+        while (number := self._alarm[0].recv(1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        return number
 
     def _leave(self):
         self.say(self.hint, file=sys.stderr, flush=True)
@@ -82,15 +98,16 @@ class Metrics:
 
     @classmethod
     def read(cls, out, last):
-        """Lines 1 to `last` of an earlier run. Fewer, and a warning, where somebody damaged the file."""
-        lines = []
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # ValueError: half a line, written in a crash
-            for text in (out / "metrics.jsonl").read_text().splitlines():
+        """Lines up to iteration `last` of an earlier run. Fewer, and a warning, where somebody damaged the file."""
+        lines, texts = [], []
+        with contextlib.suppress(OSError):
+            texts = (out / "metrics.jsonl").read_text(errors="replace").splitlines()
+        for text in texts:
+            with contextlib.suppress(ValueError, RecursionError):  # half a line, written in a crash
                 m = json.loads(text)
-                known = isinstance(m, dict) and cls.KEYS <= m.keys() and m["iteration"] == len(lines) + 1
-                if not known or len(lines) == last:
-                    break
-                lines.append(m)
+                known = isinstance(m, dict) and cls.KEYS <= m.keys() and type(m["iteration"]) is int
+                if known and (lines[-1]["iteration"] if lines else 0) < m["iteration"] <= last:
+                    lines.append(m)
         if len(lines) < last:
             print(f"warning: {out}/metrics.jsonl holds {len(lines)} of {last} iterations", file=sys.stderr)
         return lines
@@ -229,6 +246,8 @@ def compare(runs, path):
 
     for run in runs:
         points, config = evaluations(run)
+        if not points:
+            raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
         groups.setdefault(config["prm_mode"], []).append((config["seed"], points))
     fig, ax = plt.subplots(figsize=(7, 4), dpi=130)
     for colour, (mode, members) in enumerate(groups.items()):
@@ -243,6 +262,8 @@ def compare(runs, path):
         for d in sorted(shared):
             found = [p for _, points in members for p in points if p[0] == d]
             pooled.append((d, sum(p[1] for p in found), sum(p[2] for p in found)))
+        if not pooled:
+            raise UserError(f"the runs with --prm-mode {mode} were not evaluated at any common number of decisions")
         low, high = np.array([wilson_interval(k, n) for _, k, n in pooled]).T
         d, k, n = map(np.array, zip(*pooled, strict=True))
         bars = 100 * np.stack([k / n - low, high - k / n]).clip(0)
@@ -262,15 +283,17 @@ def compare(runs, path):
     return "\n".join(table)
 
 
-def write_video(path, frames, rewards, values, scores, ended, fps):
+def write_video(path, frames, rewards, values, scores, ended, fps, first=0):
     """Rollout of one environment as mp4: decision, reward, value and RPRM score drawn on, the scores as a strip below.
 
+    frames: T pictures (H, W, 3) uint8; rewards, values, scores (in [0, 1]): T numbers. ended: T times 1 for a success, -1 for
+    a cut episode, else 0. first: the number, in its episode, of the first decision.
     A film that cannot be written (full disk; Ctrl-C reaches ffmpeg as well) costs a warning, not the run.
     """
     import imageio
     from PIL import Image, ImageDraw
 
-    T, width, strip, drawn, step = len(frames), 384, 48, [], 0
+    T, width, strip, drawn, step = len(frames), 384, 48, [], first
     for t in range(T):
         canvas = Image.new("RGB", (width, width + strip), (20, 20, 20))
         canvas.paste(Image.fromarray(frames[t]).resize((width, width)), (0, 0))
@@ -363,7 +386,9 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
             f"space, then: python train.py --resume {out}"
         ) from exc
     saved = sorted(p for p in root.iterdir() if p.name.isdigit())
-    for old in saved[:-keep]:
+    older = [p for p in saved if int(p.name) <= iteration]
+    newer = saved[len(older) :]  # damaged ones, which the run fell back from: their future did not happen
+    for old in older[:-keep] + newer:
         if int(old.name) != best:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -394,7 +419,7 @@ def load_checkpoint(out, actor_critic):
         try:
             if json.loads((path / "sha256.json").read_text()) != _checksums(path):
                 raise UserError("a file differs from its checksum")
-            state = torch.load(path / "state.pt", weights_only=True)
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             actor_critic.load_adapters(path / "adapters")
             return state
         except Exception as exc:  # readers raise nearly every kind for damaged bytes; whichever it is gets printed
@@ -442,7 +467,8 @@ def save_debug_bundle(path, error, iteration, buffer, actor_critic, optimizers, 
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(bundle, path)
+        torch.save(bundle, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
     except (OSError, RuntimeError) as exc:  # a full disk: the error that it was for matters more
         return f"It could not be saved for debugging ({str(exc).strip().splitlines()[0]})"
     return f"Its mini-batch, weights and optimisers are in {path} (torch.load, weights_only=True)"

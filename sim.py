@@ -19,6 +19,7 @@ Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models
 `envs/bddl_base_domain.py`; measured facts in README ("Environments").
 """
 
+import contextlib
 import copy
 import ctypes
 import hashlib
@@ -282,7 +283,7 @@ def _decimate_cached(key, arrays, target):
             if "face" not in z:
                 return None
             return z["vert"], z["face"], z["normal"], z["uv"] if "uv" in z else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # absent, or damaged: numpy and zipfile then raise nearly every kind
         pass
     result = _decimate(*arrays, target)
     fields = {}
@@ -290,13 +291,14 @@ def _decimate_cached(key, arrays, target):
         fields = dict(vert=result[0], face=result[1], normal=result[2])
         if result[3] is not None:
             fields["uv"] = result[3]
-    try:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
-        np.savez(temporary, **fields)
-        os.replace(temporary, path)
-    except OSError:
-        pass
+        try:
+            np.savez(temporary, **fields)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return result
 
 
@@ -471,7 +473,7 @@ class TaskSim:
         bench = get_suite(suite)
         task = bench.get_task(task_id)
         self.suite, self.task_id, self.render_mode, self.resolution = suite, task_id, render, resolution
-        self.instruction = task.language
+        self.name, self.instruction = task.name, task.language
         self.init_states = np.asarray(bench.get_task_init_states(task_id))
         self.num_init_states = len(self.init_states)
         if render != "none":

@@ -32,7 +32,7 @@ import numpy as np
 
 import distributed
 import runs
-from common import UserError, atomic_write, main_guard, parse_args, parse_settings, read_json, seed_everything
+from common import UserError, atomic_write, fingerprint, main_guard, parse_args, parse_settings, read_json, seed_everything
 
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
@@ -334,7 +334,8 @@ def main():
     world = distributed.join()
     say = functools.partial(print, flush=True) if world.first else lambda *_, **__: None
     out = Path(args.out or f"runs/{args.suite}-seed{args.seed}")
-    restarted = distributed.restarted_after(out / "config.json")  # by torchrun, after a rank had died
+    # By torchrun, after a rank had died. (On the nodes that lost no rank, it does not count that as a restart.)
+    restarted = world.any(distributed.restarted_after(out / "config.json"))
     if restarted and args.resume is None and any(p.name.isdigit() for p in (out / "checkpoints").glob("*")):
         args.resume = str(out)
     resumed = args.resume is not None
@@ -490,12 +491,19 @@ def main():
         max_grad_norm=args.max_grad_norm,
         target_kl=args.target_kl,
     )
+    # What checkpoints leave out, because it is frozen.
+    weights = [fingerprint(args.model), None if reward_model is None else fingerprint(args.reward_model)]
     first, best, best_rate, lines = 1, -1, -1.0, []  # no checkpoint is the best before one was evaluated
     if resumed:
         state = runs.load_checkpoint(out, actor_critic)
         try:
+            if state["weights"] != weights:
+                raise UserError(f"{args.model} or {args.reward_model} is not what {out} began with: put that back")
             policy_optimizer.load_state_dict(state["policy_optimizer"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
+            for optimizer, lr in ((policy_optimizer, args.lr), (critic_optimizer, args.critic_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr  # the file's: after a NaN, somebody may have lowered it in config.json
             generator.set_state(state["generator"])
             for sampler, saved_sampler in zip(samplers, state["samplers"][slots.start : slots.stop], strict=True):
                 # (Saved for all environments: the number of ranks may be another one now.)
@@ -530,6 +538,7 @@ def main():
             actor_critic,
             {
                 "iteration": iteration,
+                "weights": weights,
                 "best": best,
                 "best_rate": best_rate,
                 "policy_optimizer": policy_optimizer.state_dict(),
@@ -606,6 +615,8 @@ def main():
                     kept = {(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True) if truncated[n]}
                     final_images.update(kept)
                     final_frames.update({(t, n): info["final_obs"]["agentview"][n].copy() for _, n in kept})
+                if t == 0:  # decisions that the filmed episode had before this rollout
+                    played = max(0, math.ceil(info["episode_length"][0] / policy_base.action_repeat) - 1)
                 buffer.store_outcome(
                     t,
                     torch.from_numpy(rewards),
@@ -645,8 +656,8 @@ def main():
                     scores, following = score_rollout(
                         reward_model, buffer, args.prm_mode, last_observation, final_images, shared
                     )
+                buffer.prm_scores = scores  # first, so that a debug bundle has them
                 check_finite("RPRM score", scores)
-                buffer.prm_scores = scores
                 buffer.rewards += shaping_reward(
                     scores, following, args.prm_mode, args.prm_weight, args.gamma, buffer.terminated
                 )
@@ -660,6 +671,8 @@ def main():
                     actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator, world
                 )
             times["update"] = time.time() - clock
+            if (mismatch := update.get("losses/first_ratio_error", 0.0)) > (1e-3 if dtype == torch.float32 else 0.5):
+                say(f"warning: rollout and update disagree: a first ratio is off by {mismatch:.1e}", file=sys.stderr)
 
             # Counts and (T, N) tables of all ranks. (Seconds stay those of this rank.)
             mine = wins, episodes, cut, lengths, sparse_rewards, scores, buffer.rewards, buffer.values
@@ -699,6 +712,7 @@ def main():
                     scores[:, 0].tolist(),
                     ended.tolist(),
                     fps=20 / policy_base.action_repeat,
+                    first=played,
                 )
             if iteration == 1 and args.eval_every:
                 m.update(start_measured)
@@ -735,12 +749,13 @@ def main():
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
             print(runs.before_after_table(rows), flush=True)
             total = rows["trained"]["total"]
-            metrics_log.lines[-1] = {
-                **metrics_log.lines[-1],
-                "eval/at": iterations * batch,
-                "eval/successes": total["successes"],
-                "eval/episodes": total["episodes"],
-            }
+            if metrics_log.lines:  # else somebody emptied the file, and all iterations were done
+                metrics_log.lines[-1] = {
+                    **metrics_log.lines[-1],
+                    "eval/at": iterations * batch,
+                    "eval/successes": total["successes"],
+                    "eval/episodes": total["episodes"],
+                }
         if world.first:
             runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
         say(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")

@@ -81,3 +81,39 @@ def test_gpu_command_on_a_cpu(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         bench.gpu(args)
     assert args.directory.exists()  # what was there before is not removed
+
+
+def test_simulated_scaling_is_the_arithmetic_of_its_parts(capsys):
+    parts = dict(simulator_ms=12.0, inference_ms=27.0, inference_ms_per_env=21.0, update_ms=64.0, gradient_mb=882.0)
+    args = bench.ScalingArgs(measure=False, envs=10, steps=128, cores_per_gpu=16, bandwidth=25.0, **parts)
+    result = bench.scaling(args)
+    by_gpus = {r["gpus"]: r for r in result["simulated"]}
+    decision = 0.012 + 0.027 + 10 * 0.021 + 10 * 0.064  # 10 environments on 16 cores: one round of the simulator
+    assert by_gpus[1]["decisions_per_s"] == pytest.approx(10 / decision)
+    assert by_gpus[1]["all-reduce"] == by_gpus[1]["slowest"] == 0
+    # 64 GPUs: 81,920 decisions would be 640 mini-batches of 128, but a rollout of 128 steps has at most 128.
+    assert by_gpus[64]["all-reduce"] == pytest.approx(128 * (2 * 63 / 64 * 0.882 / 25 + 126 * 10e-6))
+    efficiency = [r["decisions_per_s"] / r["gpus"] for r in result["simulated"]]
+    assert efficiency == sorted(efficiency, reverse=True) and efficiency[-1] > 0.5 * efficiency[0]
+    for r in result["simulated"]:  # the fewest environments that balance: with one fewer, fixed costs are above 10 %
+        for envs, fits in ((r["balanced_envs"], True), (r["balanced_envs"] - 1, False)):
+            s = envs and bench.simulate_iteration(r["gpus"], envs, parts, args, 16)
+            if s:
+                fixed = 128 * 0.027 + s["all-reduce"]
+                assert (fixed <= 0.1 * 128 * envs * r["gpus"] / s["decisions_per_s"]) == fits
+    bench.print_scaling(result)
+    assert "SIMULATED" in capsys.readouterr().out and result["measured"] == []
+    with pytest.raises(UserError, match="--update-ms"):
+        bench.scaling(bench.ScalingArgs(measure=False, **{**parts, "update_ms": None}))
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_soak_counts_every_decision_once(tmp_path):
+    """Training for a minute while workers are killed and stopped."""
+    args = bench.SoakArgs(minutes=1.0, kill_every=5.0, task_ids=[0], num_envs=2, num_workers=2, num_steps=4,
+                          out=tmp_path / "soak.json")
+    r = bench.soak(args)
+    assert r["decisions"] == r["stored"] > 0 and r["updates"] > 0 and r["lost"] == 0
+    assert sum(r["faults"].values()) > 0 and r["orphans"] == 0 and r["exit_code"] == 130 and r["exit_seconds"] < 20
+    bench.print_soak(r)

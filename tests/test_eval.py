@@ -110,7 +110,7 @@ def test_same_episodes_whatever_runs_beside_them(model, envs, short, tmp_path):
     """At a temperature above 0, so that every action depends on the sampling; the videos show what happened."""
     options = dict(temperature=1.0, seed=7, video=3, progress=False)
     together = evaluate(model, SUITE, [0, 1], 3, envs=envs, video_dir=tmp_path / "a", **options)
-    alone = evaluate(model, SUITE, [1], 3, num_envs=1, video_dir=tmp_path / "b", **options)
+    evaluate(model, SUITE, [1], 3, num_envs=1, video_dir=tmp_path / "b", **options)
     assert _played(together) == [(t, i) for t in (0, 1) for i in range(3)]
     assert {e["steps"] for e in together.episodes} == {12}
     a, b = _frames(tmp_path / "a"), _frames(tmp_path / "b")

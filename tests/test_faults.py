@@ -238,12 +238,15 @@ def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
 
 
 STOP = """
-import runs, time
+import ctypes, runs, time
 runs.Stop('the/run').begin()
 print('ready', flush=True)
 while True:
     time.sleep(0.1)
 """
+# A call that never returns to Python's interpreter: glibc's mutex, locked twice.
+HANG = STOP.replace("    time.sleep(0.1)", "    lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None); "
+                    "[libc.pthread_mutex_lock(lock) for _ in range(2)]")
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -261,6 +264,26 @@ def test_a_signal_that_nothing_answers_ends_the_process(number, again):
     _, stderr = run.communicate(timeout=60)
     if again:
         assert run.returncode == 128 + number and time.monotonic() - began < 10 and "the/run" not in stderr
+    else:
+        assert run.returncode == 130 and time.monotonic() - began < 20 and "--resume the/run" in stderr
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_ends_a_process_that_hangs_in_a_driver(again):
+    """There no Python handler runs, so the two lines that it would print are missing."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, "-c", HANG], cwd=ROOT, **pipes)
+    run.stdout.readline()
+    time.sleep(1.0)
+    run.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    if again:
+        time.sleep(0.5)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+    _, stderr = run.communicate(timeout=60)
+    if again:
+        assert run.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 5 and stderr == ""
     else:
         assert run.returncode == 130 and time.monotonic() - began < 20 and "--resume the/run" in stderr
 

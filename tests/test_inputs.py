@@ -293,9 +293,28 @@ def test_damaged_metrics_cost_lines_and_not_the_run(tmp_path, text, capsys):
     good = [{"iteration": i, "charts/decisions": 6 * i, "charts/successes": 0, "charts/episodes": 0} for i in (1, 2, 3)]
     lines = "".join(json.dumps(x) + "\n" for x in good[:2])
     (tmp_path / "metrics.jsonl").write_bytes((lines + text).encode("latin1"))
-    assert runs.Metrics.read(tmp_path, 2) == ([] if text == "\xff" else good[:2])
+    assert runs.Metrics.read(tmp_path, 2) == good[:2]
     capsys.readouterr()
-    assert len(runs.Metrics.read(tmp_path, 3)) < 3 and "of 3 iterations" in capsys.readouterr().err
+    assert runs.Metrics.read(tmp_path, 3) == good[:2] and "of 3 iterations" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes((lines + text.strip() + "\n" + json.dumps(good[2]) + "\n").encode("latin1"))
+    assert runs.Metrics.read(tmp_path, 3) == good  # what comes after the damage is kept
+
+
+def test_a_run_that_fell_back_to_an_old_checkpoint_keeps_its_new_ones(tmp_path, capsys):
+    model = ActorCritic(build_tiny(0, words=["soup"], **SMALL), lora_rank=2)
+
+    def save(iteration):
+        runs.save_checkpoint(tmp_path, iteration, model, {"iteration": iteration}, keep=2, best=20)
+        return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+
+    for iteration in (20, 38, 39):
+        saved = save(iteration)
+    assert saved == [20, 38, 39]
+    for iteration in (38, 39):
+        (tmp_path / "checkpoints" / f"{iteration:06d}" / "state.pt").write_bytes(b"damaged")
+    assert runs.load_checkpoint(tmp_path, model)["iteration"] == 20
+    assert save(21) == [20, 21] and save(22) == [20, 21, 22] and save(23) == [20, 22, 23]
+    assert runs.load_checkpoint(tmp_path, model)["iteration"] == 23
 
 
 def test_any_log_of_episodes_is_one_line(tmp_path):

@@ -96,11 +96,19 @@ def test_opening_at_the_start_is_no_milestone():
 
 
 def test_slip_is_no_milestone():
-    """Closing for two decisions (5 Hz) and opening again is not significant; staying shut for a second is."""
-    for rows, expected in ((2, []), (5, [10, 15])):
+    """Closing for one or two decisions (5 Hz) and opening again is not significant; staying shut for a second is."""
+    for rows, expected in ((1, []), (2, []), (5, [10, 15])):
         openness = np.full(30, STROKE)
         openness[10 : 10 + rows] = 0.05
         assert rm.find_milestones(openness, 0.01, 0.006, hold=3) == expected
+
+
+def test_turning_back_before_standing_still_is_no_milestone():
+    """At 20 Hz: fingers that close a good part of the way and open again without a pause."""
+    openness = np.concatenate([np.full(10, STROKE), np.linspace(STROKE, 0.05, 4), np.linspace(0.05, STROKE, 4), np.full(9, STROKE)])
+    assert rm.find_milestones(openness, 0.01, 0.0015, 12) == []
+    shut = np.concatenate([openness, np.linspace(STROKE, 0.03, 5), np.full(20, 0.03)])  # and then for good
+    assert rm.find_milestones(shut, 0.01, 0.0015, 12) == [31]
 
 
 def test_stops():
@@ -248,6 +256,14 @@ def test_report_of_made_up_runs(capsys):
     numbers = rm.report([finishes, fails, slower], [hovers, lucky], weight=0.1, gamma=0.99, rate=5)
     assert (numbers["episodes"], numbers["successes"], numbers["episode_auroc"]) == (3, 2, 1.0)
     assert numbers["mean_score"]["failure"] == pytest.approx(0.4)
+    swapped = [{**run, "scores": run["state_scores"][: len(run["scores"])], "state_scores": [*run["scores"], 0.0]}
+               for run in (finishes, fails, slower)]
+    other = rm.report(swapped, [hovers, lucky], weight=0.1, gamma=0.99, rate=5)
+    assert other["episode_auroc_state_only"] == numbers["episode_auroc"]
+    names = ("score_and_next_second", "state_score_and_next_second")
+    ours, theirs = numbers["spearman_with_progress"], other["spearman_with_progress"]
+    assert [theirs[n] for n in names] == [ours[n] for n in reversed(names)] and len(set(ours.values())) > 1
+    assert ours["state_score"] == pytest.approx(1.0)  # 0.5, 0.6, 0.9 while progress is 0, 0.3, 0.5
     assert numbers["spearman_with_progress"]["cumulative_score"] == pytest.approx(1.0)
     none, total, potential = (numbers["loitering"][mode] for mode in rm.MODES)
     assert [none[k] for k in ("pairs", "loiter_wins", "safe_weight", "loiter_return")] == [1, 0, None, 0]

@@ -1,6 +1,7 @@
 """What a run leaves behind: the film before / after, and the comparison of several runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,3 +68,35 @@ def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path
 def test_not_a_run_directory_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         runs.evaluations(tmp_path)
+
+
+def test_film_shows_the_scores_as_a_strip(tmp_path):
+    """Under the picture one bar per decision, as high as its score; green once it has happened."""
+    import imageio
+
+    T, scores = 6, [0.1, 0.9, 0.5, 0.3, 1.0, 0.0]
+    frames = [np.full((64, 64, 3), 120, np.uint8)] * T
+    runs.write_video(tmp_path / "film.mp4", frames, [0.0] * T, [0.0] * T, scores, [0, 0, 0, -1, 0, 0], fps=5, first=3)
+    with imageio.get_reader(tmp_path / "film.mp4") as reader:
+        film = [np.asarray(frame, int) for frame in reader]
+    assert len(film) == T and film[0].shape[0] > film[0].shape[1]  # the strip makes it higher than wide
+    width = film[0].shape[1]
+    for t, picture in enumerate(film):
+        for k, score in enumerate(scores):
+            column = picture[width:, round((k + 0.5) * width / T)]  # (height of the strip, 3)
+            green = column[:, 1] - column[:, 0] > 40
+            bright = column.sum(axis=1) > 120
+            height = 40 * score
+            assert abs(bright.sum() - height) <= 5
+            assert green.sum() == 0 if k > t else abs(green.sum() - height) <= 5
+
+
+@pytest.mark.parametrize("points, final, what", [([], {}, "never evaluated"), ([(512, 1, 2)], {}, "common number")])
+def test_runs_that_cannot_be_compared_are_one_line(tmp_path, points, final, what):
+    a = a_run(tmp_path / "a", "none", 0, points, final)
+    b = a_run(tmp_path / "b", "none", 1, [(1024, 1, 2)], final)
+    for directory in (a, b):
+        (Path(directory) / "results.json").unlink()
+    with pytest.raises(UserError, match=what):
+        runs.compare([a, b], tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()

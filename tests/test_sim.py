@@ -313,3 +313,34 @@ def test_without_egl_there_is_one_line(broken, words):
     )
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words in result.stderr
+
+
+def test_mesh_cache_saves_the_work_and_survives_any_damage(tmp_path, monkeypatch):
+    """A second call reads what the first one wrote; a damaged file costs its computation, not the run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    n = 12  # a bumpy sheet of 2 n^2 triangles
+    x, y = np.meshgrid(np.arange(n + 1.0), np.arange(n + 1.0), indexing="ij")
+    vert = np.stack([x, y, 0.3 * np.sin(x) * np.cos(y)], -1).reshape(-1, 3)
+    corner = (np.arange(n)[:, None] * (n + 1) + np.arange(n)).reshape(-1, 1)
+    face = np.concatenate([corner + [0, n + 1, 1], corner + [1, n + 1, n + 2]])
+    arrays = vert, face, np.tile([0.0, 0.0, 1.0], (len(vert), 1)), face, None, None
+    first = sim._decimate_cached("key", arrays, 100)
+    assert len(first[1]) < len(face) and first[3] is None
+    (file,) = (tmp_path / "vla_rl" / "meshes").iterdir()  # and no temporary one beside it
+    good, written = file.read_bytes(), file.stat().st_mtime_ns
+    cached = sim._decimate_cached("key", arrays, 100)
+    assert all(np.array_equal(a, b) for a, b in zip(first[:3], cached[:3], strict=True)) and cached[3] is None
+    assert file.stat().st_mtime_ns == written
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 8 * len(good), 60).tolist()
+    damaged = [good[:100], good[:-1], b"", b"no archive"]
+    damaged += [good[: b // 8] + bytes([good[b // 8] ^ 1 << b % 8]) + good[b // 8 + 1 :] for b in bits]
+    for data in damaged:
+        file.write_bytes(data)
+        again = sim._decimate_cached("key", arrays, 100)
+        assert all(np.array_equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+    sim._decimate_cached("another key", arrays, 100)  # such as another version of MuJoCo
+    sim._decimate_cached("key", arrays, 90)
+    assert len(list(file.parent.iterdir())) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # cannot be written
+    assert np.array_equal(sim._decimate_cached("key", arrays, 100)[1], first[1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import runs
 import train
@@ -166,7 +167,7 @@ def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path
 def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
     out = tmp_path / "c"
     run = _start(_command(models, out, "--total-steps", "6000"))
-    _wait_for_iteration(out, 1, run)
+    _wait_for_iteration(out, 2, run)
     children = psutil.Process(run.pid).children(recursive=True)
     began = time.time()
     run.send_signal(signal.SIGINT)
@@ -174,16 +175,28 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
     assert run.returncode == 130 and time.time() - began < 20
     assert f"--resume {out}" in stderr and "Traceback" not in stderr
     assert not psutil.wait_procs(children, timeout=10)[1]  # no orphan
-    # The newest checkpoint is damaged: the run goes on from the one before, and says so.
+    # The newest checkpoint is damaged: the run goes on from the one before, and says so. And with the learning rate
+    # that config.json has now, as the advice after a NaN promises.
     saved = sorted((out / "checkpoints").iterdir())
-    if len(saved) > 1:
-        broken = saved[-1] / "state.pt"
-        broken.write_bytes(broken.read_bytes()[:1000])
-        run = _start([sys.executable, "train.py", "--resume", str(out)])
-        _wait_for_iteration(out, int(saved[-1].name) + 1, run)
-        run.send_signal(signal.SIGTERM)
-        stdout, stderr = run.communicate(timeout=60)
-        assert f"{saved[-1]} is damaged" in stderr and f"resumed at iteration {int(saved[-1].name)}" in stdout
+    assert len(saved) > 1
+    broken = saved[-1] / "state.pt"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "lr": 3e-6}))
+    run = _start([sys.executable, "train.py", "--resume", str(out)])
+    _wait_for_iteration(out, int(saved[-1].name) + 1, run)
+    run.send_signal(signal.SIGTERM)
+    stdout, stderr = run.communicate(timeout=60)
+    assert f"{saved[-1]} is damaged" in stderr and f"resumed at iteration {int(saved[-1].name)}" in stdout
+    newest = max((out / "checkpoints").iterdir())
+    assert torch.load(newest / "state.pt", weights_only=True)["policy_optimizer"]["param_groups"][0]["lr"] == 3e-6
+    # Other weights under the name that the run began with.
+    (out / "config.json").write_text(json.dumps({**config, "model": str(shutil.copytree(models / "policy", tmp_path / "m"))}))
+    weights = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "language_model.lm_head.weight": tensors["language_model.lm_head.weight"] + 1}, weights, {"format": "pt"})
+    _, stderr = _finish([sys.executable, "train.py", "--resume", str(out)], code=1)
+    assert stderr.splitlines()[-1].startswith("error: ") and "put that back" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize(
