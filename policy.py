@@ -383,7 +383,8 @@ def explain_out_of_memory(advice):
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
         on_cpu = "DefaultCPUAllocator" in str(error)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+        library = any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))  # cuBLAS etc.
+        if not (on_cpu or library or isinstance(error, torch.OutOfMemoryError)):
             raise
         raise UserError(f"the {'machine' if on_cpu else 'GPU'} is out of memory: {advice}") from error
 
@@ -485,6 +486,8 @@ class OpenVLA(nn.Module):
             raise UserError("the checkpoint directory has no tokenizer.json, so instructions cannot be tokenized")
         try:
             tokenizer = Tokenizer.from_str(self.side_files["tokenizer.json"].decode())
+            tokenizer.no_padding()  # a file may ask for either; `tokenize` pads, behind the suffix token
+            tokenizer.no_truncation()
             tokenizer.encode_batch([PROMPT])
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the checkpoint's tokenizer.json cannot be used: {error}") from error
@@ -570,11 +573,16 @@ class OpenVLA(nn.Module):
         return self.language_model.model.norm(x), last
 
     def _logits(self, states, whole_vocabulary):
-        """Normed states (..., d) -> float32 logits over the 256 action tokens, or over the whole vocabulary."""
+        """Normed states (..., d) -> float32 logits over the 256 action tokens, or over the whole vocabulary.
+
+        The 256 rows of 32,064 are multiplied in float32: in bfloat16 a logit of 16 comes in steps of 1/8, and two ways
+        to compute the same state (cached and merged in a rollout, neither in an update) would round to different ones.
+        """
         weight = self.language_model.lm_head.weight
-        if not whole_vocabulary:  # 256 of 32,064 rows
-            weight = weight[self.action_tokenizer.first : self.action_tokenizer.vocab_end]
-        return F.linear(states, weight).float()
+        if whole_vocabulary:  # as the official code
+            return F.linear(states, weight).float()
+        weight = weight[self.action_tokenizer.first : self.action_tokenizer.vocab_end]
+        return F.linear(states.float(), weight.float())
 
     def forward(self, input_ids, pixel_values=None, attention_mask=None, *, patch_embeddings=None):
         """Logits over the whole multimodal sequence (BOS, patches, text), as the official model returns them."""

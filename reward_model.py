@@ -1012,7 +1012,7 @@ class TrainArgs(RuleArgs):
     action_dropout: float = flag(0.3, "share of rows shown without action, for the state-only score", min=0.0, max=1.0)
     held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
     whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, not over the two verdicts that the score compares")
-    device: str = flag("cpu", "torch device")
+    device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(0, "seed of the split and of the batches", min=0, max=2**32 - 1)
 
 
@@ -1023,7 +1023,7 @@ class ScoreArgs(RuleArgs):
     vlm: str | None = flag(None, "instead: a stock VLM of transformers (hub id or directory), asked zero-shot")
     plot: Path | None = flag(None, "directory for one PNG per trajectory, score included")
     json: Path | None = flag(None, "file for the scores of every step")
-    device: str = flag("cpu", "torch device")
+    device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
 
 
 @dataclass
@@ -1037,7 +1037,7 @@ class EvaluateArgs:
     weight: float = flag(0.1, "--prm-weight of the RL run to check", min=0.0)
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     json: Path | None = flag(None, "file for the report")
-    device: str = flag("cpu", "torch device")
+    device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(2, "seed of placements and sampling; not one that data was recorded with", min=0, max=2**32 - 1)
 
 
@@ -1049,7 +1049,7 @@ class RecordArgs:
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(45, "episodes per task, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
-    device: str = flag("cpu", "torch device")
+    device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(1, "seed of placements and sampling; take another one for `evaluate`", min=0, max=2**32 - 1)
 
 
@@ -1216,7 +1216,10 @@ def main(argv=None):
     }
     run = {"label": run_label, "train": run_train, "score": run_score, "record": run_record, "evaluate": run_evaluate}
     name, args = parse_command(commands, "RPRM: label, train, score, record, evaluate", argv)
-    run[name](args)
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    with explain_out_of_memory("use --device cpu, or a lower --batch-size for train"):
+        run[name](args)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import demos
 from common import UserError, atomic_write, main_guard, parse_args, progress_bar, seed_everything
-from policy import OpenVLA, build_tiny, crop_and_normalize, resize_frames
+from policy import OpenVLA, build_tiny, crop_and_normalize, explain_out_of_memory, resize_frames
 
 
 @dataclass
@@ -289,7 +289,8 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise UserError(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
-    train(args, model, data, out)
+    with explain_out_of_memory("lower --batch-size"):
+        train(args, model, data, out)
     print(f"saved {out}; evaluate it with: python eval.py --suite {args.suite} --checkpoint {out}")
 
 

@@ -115,6 +115,8 @@ def check_task_ids(suite, task_ids):
     bad = [t for t in task_ids if not 0 <= t < n]
     if bad or not task_ids:
         raise UserError(f"task id {bad[0] if bad else '(none)'} is not in {suite}: valid ids are 0 to {n - 1}")
+    if len(set(task_ids)) < len(task_ids):
+        raise UserError(f"task ids {','.join(map(str, task_ids))}: name each task once")
     return task_ids
 
 
@@ -440,6 +442,16 @@ def _gl_context():
 def check_egl():
     """Raise UserError, with the Debian packages to install, where off-screen rendering does not work."""
     _gl_context()
+
+
+def num_egl_devices():
+    """How many devices EGL can render on here, GPUs first; 0 without EGL. `MUJOCO_EGL_DEVICE_ID` counts them."""
+    from mujoco.egl import egl_ext
+
+    try:
+        return len(egl_ext.eglQueryDevicesEXT())
+    except Exception:  # PyOpenGL raises several kinds where the library or the extension is missing
+        return 0
 
 
 def default_render():

@@ -106,7 +106,7 @@ class Args:
         60.0, "seconds for one command until a busy simulator process is replaced; one that stands still: 5", min=1
     )
     egl_devices: Optional[list[int]] = _flag(
-        None, "EGL devices that render, shared out among a machine's ranks", default="a rank's own GPU", min=0
+        None, "EGL devices that render, shared out among a machine's ranks", default="the GPU that a rank computes on", min=0
     )
     shard: bool = _flag(
         False, "spread the frozen backbone over the ranks (FSDP2), for a GPU that cannot hold it; with one rank nothing changes"
@@ -191,6 +191,18 @@ RPRM_CHUNK = 256  # decisions scored at a time
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def downloaded(repo_id, cache=None):
+    """Are all shards of this repository in the hub's cache (default: its usual place)? An interrupted download is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def path(name):  # None or a mark where it is not there
+        found = try_to_load_from_cache(repo_id, name, cache_dir=cache)
+        return found if isinstance(found, str) else None
+
+    index = path("model.safetensors.index.json")
+    return index is not None and all(map(path, read_json(index).get("weight_map", {"": ""}).values()))
+
+
 def choose_model(args):
     """Resolve `--model` to (path or hub id, size, reason)."""
     import torch
@@ -210,9 +222,7 @@ def choose_model(args):
     if memory < needed:
         hint = "" if args.gradient_checkpointing else f" ({GPU_MEMORY_7B[True] / 1e9:.0f} with --gradient-checkpointing)"
         return str(tiny), "tiny", f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {needed / 1e9:.0f}{hint}"
-    from huggingface_hub import try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(official, "config.json"), str):
+    if downloaded(official):
         return official, "7B", "GPU and weights are there"
     return str(tiny), "tiny", f"a GPU, but no weights: `hf download {official}` fetches them"
 
@@ -373,10 +383,16 @@ def main():
             ("reward model", args.reward_model if args.prm_mode != "none" else None),
         ):
             if path and path.startswith(str(TINY)) and not Path(path).is_dir():
+                if not args.suite.startswith(("libero_object", "libero_spatial")):  # demos.py has no expert for it
+                    raise UserError(
+                        f"no {what} at {path}: none is shipped for {args.suite}, and no scripted expert can make one. Give a "
+                        "checkpoint with --model, such as OpenVLA-7B's; or `python sft.py --data` official demonstrations"
+                    )
                 raise UserError(
                     f"no {what} at {path}. `python train.py --suite {args.suite} --from-scratch` makes it; so do `python demos.py "
                     f"--suite {args.suite}`, `python sft.py --suite {args.suite} --out {TINY / args.suite / 'policy'}` and `python "
-                    f"reward_model.py train --suite {args.suite} --demos data/{args.suite} --out {TINY / args.suite / 'rprm'}`"
+                    f"reward_model.py train --suite {args.suite} --demos data/{args.suite} --policy {TINY / args.suite / 'policy'} "
+                    f"--out {TINY / args.suite / 'rprm'}`"
                 )
     else:
         args, size, _ = resolve(args)
@@ -384,7 +400,7 @@ def main():
     sim.check_egl()
     device, shard = world.device, args.shard and world.size > 1
     dtype = torch.bfloat16 if device != "cpu" and size == "7B" else torch.float32
-    render = args.render or sim.default_render()
+    args.render = render = args.render or sim.default_render()  # in config.json: a resumed run keeps its pictures
     slots = world.share(args.num_envs)  # the environments of this rank, in the numbering of all
     num_envs = len(slots)
     seed_everything(args.seed)
@@ -398,14 +414,18 @@ def main():
         np.zeros((1, 7), int), args.suite
     )  # no action statistics of this suite: fail here, not after minutes
     policy_base.gradient_checkpointing = args.gradient_checkpointing
-    actor_critic = ActorCritic(
-        policy_base, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
-    )
+    with explain_out_of_memory("the adapters do not fit; lower --lora-rank, or use --model openvla-tiny"):
+        actor_critic = ActorCritic(
+            policy_base, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
+        )
     reward_model, stock, shared = None, False, False
     if args.prm_mode != "none" and args.prm_weight > 0:
         reward_model = load_reward_model(args.reward_model, dtype=dtype, device=device)
         stock = isinstance(reward_model, StockVLM)  # judges frames, not what the policy's towers made of them
     if reward_model is not None and not stock:
+        judge, acts = ((m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_base))
+        if judge != acts:
+            raise UserError(f"{args.reward_model} was trained from another model than {args.model}: their images or vocabularies differ")
         shared = actor_critic.vision_frozen and reward_model.shares_vision(policy_base)  # one vision pass serves both
         if actor_critic.vision_frozen and not shared:
             raise UserError(
@@ -769,6 +789,9 @@ def main():
             f"iteration {iteration}: {exc}. {bundle}; the checkpoint before it is intact: try a lower lr in "
             f"{out}/config.json, then python train.py --resume {out}"
         ) from exc
+    except RuntimeError:
+        with explain_out_of_memory("lower --num-envs or --micro-batch-size, or turn on --gradient-checkpointing"):
+            raise
     except BrokenPipeError:  # `python train.py | head`
         raise
     except OSError as exc:

@@ -186,7 +186,10 @@ def test_egl_devices_are_shared_out(monkeypatch):
     assert world.simulators() == dict(num_workers=None, egl_devices=None)  # one process: as before
     world.local_size, world.local_rank, world.device = 4, 1, "cuda:1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
+    monkeypatch.setattr("sim.num_egl_devices", lambda: 8)  # the test machine has no GPU
     assert world.simulators(3)["egl_devices"] == [5]
+    monkeypatch.setattr("sim.num_egl_devices", lambda: 1)  # GPUs, but only Mesa's EGL: leave it the choice
+    assert world.simulators(3)["egl_devices"] is None
     assert world.simulators(3, [0, 1])["egl_devices"] == [1]
     assert world.simulators(3, [0, 1, 2, 3, 4, 5, 6, 7]) == dict(num_workers=3, egl_devices=[1, 5])
     assert world.simulators()["num_workers"] >= 1

@@ -433,6 +433,20 @@ def test_tokenizer_knows_all_of_libero():
     assert mask[0].all() and mask[1].sum() < len(mask[1])
 
 
+def test_padding_that_a_tokenizer_file_asks_for_is_not_ours():
+    """Fast tokenizers save it with the rest; the suffix token must follow the prompt, not the padding."""
+    model, texts = policy.build_tiny(0, words=WORDS), ["open the drawer", "close it and then open the drawer again"]
+    want = model.tokenize(texts)
+    stored = json.loads(model.side_files["tokenizer.json"])
+    stored["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "<pad>"}
+    stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    other = policy.build_tiny(0, words=WORDS)
+    other.side_files["tokenizer.json"] = json.dumps(stored).encode()
+    for mine, theirs in zip(want, other.tokenize(texts), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda d: (d / "config.json").unlink(), "no config.json"),
     (lambda d: (d / "config.json").write_text("{"), "JSON"),
@@ -489,6 +503,8 @@ def test_out_of_memory_names_the_flag(batch):
         OpenVLA.from_config({**tiny().config, "text_config": {**tiny().config["text_config"], **big, "num_key_value_heads": 2**10}})
     with pytest.raises(UserError, match="the GPU is out of memory: use --x"), policy.explain_out_of_memory("use --x"):
         raise torch.OutOfMemoryError("CUDA out of memory. A page of text.")  # what torch raises on a GPU
+    with pytest.raises(UserError, match="the GPU is out of memory: use --x"), policy.explain_out_of_memory("use --x"):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(RuntimeError, match="size"), policy.explain_out_of_memory("use --x"):
         torch.zeros(2) @ torch.zeros(3)  # other errors stay what they are
 

@@ -210,6 +210,8 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
         (["--curriculum", "hard"], "curriculum"),
         (["--prm-mode", "sum", "--reward-model", "/nonexistent/rprm"], "/nonexistent/rprm"),
         (["--out", "/proc/run"], "/proc/run"),
+        (["--task-ids", "0,0"], "each task once"),
+        (["--suite", "libero_goal", "--model", "openvla-tiny"], "none is shipped for libero_goal"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, flags, what):
@@ -218,6 +220,33 @@ def test_bad_input_is_one_line(models, tmp_path, flags, what):
     assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr, run.stderr
     assert len(run.stderr.strip().splitlines()) <= 2
     assert not (tmp_path / "r").exists()
+
+
+def test_a_reward_model_of_another_model_is_refused_at_once(models, tmp_path):
+    other = build_tiny(0, **{**SMALL, "image_size": 48})
+    other.side_files["rprm.json"] = b"{}"
+    other.save_pretrained(tmp_path / "other")
+    flags = ["--model", str(models / "policy"), "--reward-model", str(tmp_path / "other"), "--lora-targets", "all", "--task-ids", "0"]
+    command = [sys.executable, "train.py", *flags, "--out", str(tmp_path / "r")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "trained from another model" in run.stderr and "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
+
+
+def test_a_download_counts_when_all_of_it_is_there(tmp_path):
+    """The hub's cache in its own layout: a commit under refs/, its files under snapshots/."""
+    root = tmp_path / "models--openvla--m"
+    snapshot = root / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    present = {"config.json": "{}", "model.safetensors.index.json": json.dumps({"weight_map": {"x": "a", "y": "b"}}), "a": ""}
+    for name, text in present.items():
+        assert not train.downloaded("openvla/m", tmp_path)
+        (snapshot / name).write_text(text)
+    assert not train.downloaded("openvla/m", tmp_path)  # shard b is still missing
+    (snapshot / "b").write_text("")
+    assert train.downloaded("openvla/m", tmp_path) and not train.downloaded("openvla/other", tmp_path)
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
