@@ -43,6 +43,7 @@ DEFAULTS = {
         max_episode_steps=160,
         lr=1e-3,
         critic_lr=1e-3,
+        lr_schedule="linear",
         temperature=1.0,
         epochs=3,
         minibatch_size=128,
@@ -57,6 +58,7 @@ DEFAULTS = {
         max_episode_steps=150,
         lr=2e-5,
         critic_lr=5e-5,
+        lr_schedule="constant",
         temperature=1.5,
         epochs=1,
         minibatch_size=128,
@@ -120,6 +122,9 @@ class Args:
     # PPO
     lr: Optional[float] = _sized("lr", "learning rate of the policy adapter", min=0)
     critic_lr: Optional[float] = _sized("critic_lr", "learning rate of the critic", min=0)
+    lr_schedule: Optional[str] = _sized(
+        "lr_schedule", "both learning rates: constant, or linear from these values to 0 over the run", choices=("constant", "linear")
+    )
     temperature: Optional[float] = _sized("temperature", "of sampling in rollouts; log-probs are taken at it", min=0.01)
     whole_vocabulary: bool = _flag(
         False,
@@ -456,7 +461,7 @@ def main():
         f"  reward     sparse{'' if reward_model is None else f' + {args.prm_weight} x RPRM ({args.prm_mode})'}   curriculum {args.curriculum}, tau {args.curriculum_tau}\n"
         f"  rollout    {args.num_envs} environments x {args.num_steps} decisions of {policy_base.action_repeat} control steps, "
         f"temperature {args.temperature}, episodes cut at {args.max_episode_steps} control steps, {render} rendering\n"
-        f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g}, {args.epochs} epochs of mini-batches of "
+        f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g} ({args.lr_schedule}), {args.epochs} epochs of mini-batches of "
         f"{args.minibatch_size}, warm-up {args.critic_warmup}\n  output     {out}"
     )
     curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau, deferred=True)
@@ -521,9 +526,6 @@ def main():
                 raise UserError(f"{args.model} or {args.reward_model} is not what {out} began with: put that back")
             policy_optimizer.load_state_dict(state["policy_optimizer"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
-            for optimizer, lr in ((policy_optimizer, args.lr), (critic_optimizer, args.critic_lr)):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr  # the file's: after a NaN, somebody may have lowered it in config.json
             generator.set_state(state["generator"])
             for sampler, saved_sampler in zip(samplers, state["samplers"][slots.start : slots.stop], strict=True):
                 # (Saved for all environments: the number of ranks may be another one now.)
@@ -684,8 +686,13 @@ def main():
             buffer.finish(last_values, args.gamma, args.lam)
             times["rprm"] = time.time() - clock
 
-            # Update: the critic alone during warm-up, then policy and critic.
+            # Update: the critic alone during warm-up, then policy and critic. Learning rates follow from settings and
+            # iteration alone, so that a resumed run takes what config.json says now.
             clock = time.time()
+            left = 1 - (iteration - 1) / iterations if args.lr_schedule == "linear" else 1.0
+            for optimizer, lr in ((policy_optimizer, args.lr), (critic_optimizer, args.critic_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * left
             with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):
                 update = ppo_update(
                     actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, iteration > args.critic_warmup, generator, world
@@ -711,6 +718,7 @@ def main():
                 "charts/reward": all_rewards.mean().item(),
                 "charts/value": all_values.mean().item(),
                 "charts/worker_restarts": cut,
+                "charts/learning_rate": args.lr * left,
                 **update,
                 **{
                     f"curriculum/task_{t}": p

@@ -182,7 +182,7 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
     broken = saved[-1] / "state.pt"
     broken.write_bytes(broken.read_bytes()[:1000])
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "lr": 3e-6}))
+    (out / "config.json").write_text(json.dumps({**config, "lr": 3e-6, "lr_schedule": "constant"}))
     run = _start([sys.executable, "train.py", "--resume", str(out)])
     _wait_for_iteration(out, int(saved[-1].name) + 1, run)
     run.send_signal(signal.SIGTERM)
