@@ -2,6 +2,7 @@
 
     python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
     python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
+    python bench.py leak                              # memory of the workers over 1,000 episodes
     python bench.py soak --minutes 60                 # training while its workers are killed and stopped at random
     python bench.py scaling                           # train.py on 1, 2, 4 ... ranks, and a simulation up to 64
     python bench.py decode                            # actions/s of batched decoding, against transformers' `generate`
@@ -321,6 +322,58 @@ def print_envs(r):
               f"{w['memory_per_worker']:11.0f}")
     print("overhead: share of the wall time in which a worker neither simulates nor renders (Python, waiting for the\n"
           "slowest worker, messages, main process); transport: messages and main process alone")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# leak
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LeakArgs:
+    suite: str = field(default="libero_object", metadata={"help": "LIBERO suite"})
+    task_ids: Optional[list[int]] = field(default=None, metadata={"help": "tasks", "default": "all of the suite", "min": 0})
+    episodes: int = field(default=1000, metadata={"help": "episodes in all, the first 100 to settle", "min": 110})
+    max_steps: int = field(default=20, metadata={"help": "control steps of an episode: a leak is most likely at its ends", "min": 1})
+    num_envs: int = field(default=8, metadata={"help": "environments", "min": 1, "max": 1000})
+    num_workers: Optional[int] = field(default=None, metadata={"help": "simulator processes", "default": "one per core", "min": 1})
+    out: Path = field(default=Path("runs/bench-leak.json"), metadata={"help": "where the numbers go"})
+
+
+def leak(args):
+    """Returns the numbers of `python bench.py leak` as a dict: MB of each worker whenever 50 more episodes have ended."""
+    import psutil
+
+    from envs import LiberoVecEnv
+
+    envs = LiberoVecEnv(args.suite, args.num_envs, args.task_ids, action_repeat=4, max_steps=args.max_steps,
+                        num_workers=args.num_workers)
+    rng, ended, samples = np.random.default_rng(0), 0, []
+    bar = tqdm(total=args.episodes, desc="playing", unit="episode", leave=False)
+    try:
+        processes = [psutil.Process(pid) for pid in envs.worker_pids]
+        envs.reset(seed=0)
+        while ended < args.episodes:
+            _, _, terminated, truncated, _ = envs.step(rng.uniform(-1, 1, (args.num_envs, 7)))
+            ended += int((terminated | truncated).sum())
+            bar.update(min(ended, args.episodes) - bar.n)
+            if ended >= 50 * (len(samples) + 1) or ended >= args.episodes:
+                samples.append((ended, [p.memory_info().rss / 1e6 for p in processes], _memory()))
+    finally:
+        bar.close()
+        envs.close()
+    settled = next(s for s in samples if s[0] >= 100)
+    growth = [last / first - 1 for first, last in zip(settled[1], samples[-1][1], strict=True)]
+    return dict(suite=args.suite, samples=samples, settled_at=settled[0], growth_workers=growth,
+                growth_main=samples[-1][2] / settled[2] - 1)
+
+
+def print_leak(r):
+    print(f"\n{r['suite']}: resident memory in MB\n{'episodes':>9s}{'workers':>30s}{'main process':>14s}")
+    for ended, workers, main_process in r["samples"][1::2]:
+        print(f"{ended:9d}{'  '.join(f'{mb:8.1f}' for mb in workers):>30s}{main_process:14.1f}")
+    print(f"from episode {r['settled_at']} to {r['samples'][-1][0]}: workers "
+          f"{', '.join(f'{100 * g:+.2f} %' for g in r['growth_workers'])}; main process {100 * r['growth_main']:+.2f} %")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1207,6 +1260,7 @@ def machine():
 
 COMMANDS = {
     "envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs),
+    "leak": (LeakArgs, "memory of the simulator processes over many episodes", leak, print_leak),
     "soak": (SoakArgs, "training while its workers are killed at random", soak, print_soak),
     "scaling": (ScalingArgs, "train.py on several ranks, and a simulation up to 64 GPUs", scaling, print_scaling),
     "decode": (DecodeArgs, "actions per second: batched decoding against transformers' generate", decode, print_decode),

@@ -117,3 +117,31 @@ def test_soak_counts_every_decision_once(tmp_path):
     assert r["decisions"] == r["stored"] > 0 and r["updates"] > 0 and r["lost"] == 0
     assert sum(r["faults"].values()) > 0 and r["orphans"] == 0 and r["exit_code"] == 130 and r["exit_seconds"] < 20
     bench.print_soak(r)
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_leak_watches_every_worker(capsys):
+    r = bench.leak(bench.LeakArgs(episodes=110, task_ids=[0], num_envs=2, num_workers=2, max_steps=4))
+    episodes = [ended for ended, *_ in r["samples"]]
+    assert episodes == [50, 100, 110] and r["settled_at"] == 100
+    assert all(len(workers) == 2 and min(workers) > 100 for _, workers, _ in r["samples"])
+    assert len(r["growth_workers"]) == 2 and max(map(abs, r["growth_workers"])) < 0.05
+    bench.print_leak(r)
+    assert "from episode 100 to 110" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_envs_measures_stock_and_ours_in_one_run(capsys):
+    r = bench.envs(bench.EnvsArgs(rounds=1, seconds=0.5, workers=[1], slots=2))
+    assert r["variants"].keys() == bench.VARIANTS.keys()
+    for v in r["variants"].values():
+        (turn,) = v["turns"]
+        assert turn["steps"] > 0 and turn["wall"] >= 0.5 and 0 < v["steps_per_cpu_s"] and 0 < v["resets_per_cpu_s"]
+    assert min(r["split"].values()) > 0 and r["split"].keys() == {"physics", "controller", "success", "render"}
+    (w,) = r["workers"]
+    assert w["environments"] == 2 and 0 <= w["transport_share"] <= w["overhead_share"] + 1e-6 < 1
+    assert w["physics_ms"] > 0 and w["render_ms"] > 0 and w["memory_per_worker"] > 100
+    bench.print_envs({**r, "machine": bench.machine()})
+    assert "resets/s" in capsys.readouterr().out
