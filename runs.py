@@ -166,7 +166,9 @@ def plot_curve(lines, path, title):
     fig, ax = plt.subplots(figsize=(7, 4), dpi=130)
     if len(x):
         window = np.ones(min(15, len(x)))
-        mean = np.convolve(wins, window)[: len(x)] / np.maximum(np.convolve(episodes, window)[: len(x)], 1)
+        played = np.convolve(episodes, window)[: len(x)]
+        mean = np.convolve(wins, window)[: len(x)] / np.maximum(played, 1)
+        mean[played < 20] = np.nan  # the first episodes that end are the short ones, and those are successes
         ax.plot(
             x,
             100 * mean,
