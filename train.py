@@ -537,7 +537,7 @@ def main():
         lines = runs.Metrics.read(out, state["iteration"])
         if len(found := set(world.gather(state["iteration"]))) > 1:
             raise UserError(f"ranks read different checkpoints of {out} ({sorted(found)}): all need to see the same files")
-        say(f"resumed at iteration {first} of {iterations}")
+        say(f"resumed at iteration {first} of {iterations}" if first <= iterations else f"resumed: all {iterations} iterations are done")
     else:
         obs, _ = envs.reset(seed=args.seed)
     metrics_log, config = runs.Metrics(out, lines) if world.first else None, json.dumps(asdict(args), indent=1)
@@ -765,6 +765,7 @@ def main():
             trained.save_pretrained(out / "policy")
         rows = {}
         if args.final_episodes:
+            say(f"evaluating the start policy and the trained one, {args.final_episodes} test episodes each")
             if shard:
                 start, trained = actor_critic.without_adapters(), actor_critic.evaluation_model()
             else:
