@@ -344,7 +344,7 @@ def before_after_gif(path, start, trained, side=192):
                 films.append([np.asarray(Image.fromarray(frame).resize((side, side))) for frame in reader])
         length = max(map(len, films)) + 5  # the shorter film waits on its last picture
         films = [film + [film[-1]] * (length - len(film)) for film in films]
-        pictures = [Image.fromarray(np.hstack(pair)).quantize(64) for pair in zip(*films, strict=True)]
+        pictures = [Image.fromarray(np.hstack(pair)).quantize(128, Image.Quantize.MAXCOVERAGE) for pair in zip(*films, strict=True)]
         temporary = Path(path).with_suffix(".tmp.gif")
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
         os.replace(temporary, path)
