@@ -315,6 +315,22 @@ def fingerprint(checkpoint):
     return digest.hexdigest()[:16] if Path(checkpoint).is_dir() else str(checkpoint)
 
 
+def write_film(path, frames, fps):
+    """Write frames (each (H, W, 3) uint8) as an mp4, atomically. One that cannot be written (full disk; Ctrl-C reaches
+    ffmpeg as well) costs a warning, not the run."""
+    import imageio
+
+    temporary = path.with_suffix(".tmp.mp4")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(temporary, frames, fps=fps, macro_block_size=None)
+        os.replace(temporary, path)
+    except OSError as exc:
+        print(f"warning: no video {path}: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def sync_directory(directory):
     """Make a rename inside `directory` survive a power cut: the name is stored in the directory, not in the file."""
     descriptor = os.open(directory, os.O_RDONLY)

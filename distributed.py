@@ -93,13 +93,14 @@ class World:
         """
         if num_workers is None and self.local_size > 1:
             num_workers = max(1, len(os.sched_getaffinity(0)) // self.local_size)
-        if egl_devices is None and self.device.startswith("cuda"):
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        chosen = all(x.isdigit() for x in seen)  # else a single process leaves EGL the choice
+        if egl_devices is None and self.device.startswith("cuda") and (chosen or self.local_size > 1):
             import sim
 
             # EGL counts all GPUs of the machine, CUDA only those that it was told to see. And in a container there may be
             # GPUs to compute on, and none that EGL knows: Mesa then draws on the CPU, for all ranks.
-            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            device = int(seen[self.local_rank]) if all(x.isdigit() for x in seen) else self.local_rank
+            device = int(seen[self.local_rank]) if chosen else self.local_rank
             egl_devices = [device] if device < sim.num_egl_devices() else None
         elif egl_devices is not None:
             mine = egl_devices[self.local_rank :: self.local_size]

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 import distributed
-from common import UserError, atomic_write, fingerprint, main_guard, parse_args, progress_bar, safe_name, wilson_interval
+from common import UserError, atomic_write, fingerprint, main_guard, parse_args, progress_bar, safe_name, wilson_interval, write_film
 from envs import NUM_INIT_STATES, LiberoVecEnv
 
-MAX_LOST = 3  # tries of an episode that takes its simulator down with it
+MAX_LOST = 3  # so often an episode may take its simulator down with it and is played again
 
 # torch, policy and sim are imported where they are used: they take seconds, and `--help` should not.
 
@@ -256,7 +256,6 @@ def _generator(seed, episode):
 
 def _write_video(directory, frames, episode, action_repeat):
     """mp4 in real time, with the control step and the outcome drawn on."""
-    import imageio
     from PIL import Image, ImageDraw
 
     outcome = "success" if episode["success"] else "failure"
@@ -271,15 +270,7 @@ def _write_video(directory, frames, episode, action_repeat):
         drawn.append(np.asarray(image))
     drawn += [drawn[-1]] * 3  # players tend to swallow the last frames
     path = Path(directory) / f"task{episode['task_id']:02d}_state{episode['init_state']:02d}_{outcome}.mp4"
-    temporary = path.with_suffix(".tmp.mp4")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(temporary, drawn, fps=20 / action_repeat, macro_block_size=None)
-        os.replace(temporary, path)
-    except OSError as exc:  # a full disk: the film is lost, the evaluation is not
-        print(f"warning: no video {path}: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_film(path, drawn, 20 / action_repeat)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -745,8 +745,8 @@ def roll(rprm, model, sim, episodes, limit, choose):
     """Run started episodes of one task in lockstep for at most `limit` decisions, scoring every step.
 
     choose(rows, input_ids, attention_mask, patch_embeddings) -> action tokens (n, 7), actions (n, 7) of the episodes
-    `rows`. model: the OpenVLA that `choose` uses. rprm None: nothing is scored, and no progress taken. Returns one dict per episode: success,
-    scores (T,), state_scores (T + 1,), progress (T + 1,), states (T), actions (T), frames (T).
+    `rows`. model: the OpenVLA that `choose` uses. Returns one dict per episode: success, scores (T,), state_scores
+    (T + 1,), progress (T + 1,), states (T), actions (T), frames (T). rprm None: the three before states are empty.
     """
     shared = rprm is None or rprm.shares_vision(model)
     progress = [TaskProgress(sim, episode.privileged()) for episode in episodes if rprm is not None]

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, atomic_write, main_guard, parse_args, sync_directory, wilson_interval
+from common import UserError, atomic_write, main_guard, parse_args, sync_directory, wilson_interval, write_film
 
 
 class Stop:
@@ -290,9 +290,7 @@ def write_video(path, frames, rewards, values, scores, ended, fps, first=0):
 
     frames: T pictures (H, W, 3) uint8; rewards, values, scores (in [0, 1]): T numbers. ended: T times 1 for a success, -1 for
     a cut episode, else 0. first: the number, in its episode, of the first decision.
-    A film that cannot be written (full disk; Ctrl-C reaches ffmpeg as well) costs a warning, not the run.
     """
-    import imageio
     from PIL import Image, ImageDraw
 
     T, width, strip, drawn, step = len(frames), 384, 48, [], first
@@ -313,15 +311,7 @@ def write_video(path, frames, rewards, values, scores, ended, fps, first=0):
             pen.rectangle((x0, top, max(x0, x1), width + strip - 4), fill=(70, 170, 90) if k <= t else (70, 70, 70))
         drawn.append(np.asarray(canvas))
         step = 0 if ended[t] else step + 1
-    temporary = path.with_suffix(".tmp.mp4")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(temporary, drawn, fps=fps, macro_block_size=None)
-        os.replace(temporary, path)
-    except OSError as exc:
-        print(f"warning: no video {path}: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_film(path, drawn, fps)
 
 
 def before_after_gif(path, start, trained, side=192):

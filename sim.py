@@ -445,7 +445,7 @@ def check_egl():
 
 
 def num_egl_devices():
-    """How many devices EGL can render on here, GPUs first; 0 without EGL. `MUJOCO_EGL_DEVICE_ID` counts them."""
+    """How many devices EGL can render on here; 0 without EGL. `MUJOCO_EGL_DEVICE_ID` counts them."""
     from mujoco.egl import egl_ext
 
     try:

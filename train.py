@@ -205,7 +205,8 @@ def downloaded(repo_id, cache=None):
         return found if isinstance(found, str) else None
 
     index = path("model.safetensors.index.json")
-    return index is not None and all(map(path, read_json(index).get("weight_map", {"": ""}).values()))
+    shards = read_json(index).get("weight_map") if index else None
+    return isinstance(shards, dict) and len(shards) > 0 and all(path(name) for name in shards.values())
 
 
 def choose_model(args):
@@ -522,8 +523,9 @@ def main():
     if resumed:
         state = runs.load_checkpoint(out, actor_critic)
         try:
-            if state["weights"] != weights:
-                raise UserError(f"{args.model} or {args.reward_model} is not what {out} began with: put that back")
+            for path, now, then in zip((args.model, args.reward_model), weights, state["weights"], strict=True):
+                if now != then:
+                    raise UserError(f"{path} is not what {out} began with: put that back")
             policy_optimizer.load_state_dict(state["policy_optimizer"])
             critic_optimizer.load_state_dict(state["critic_optimizer"])
             generator.set_state(state["generator"])

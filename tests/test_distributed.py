@@ -184,6 +184,9 @@ def test_environments_must_divide_evenly():
 def test_egl_devices_are_shared_out(monkeypatch):
     world = distributed.World()
     assert world.simulators() == dict(num_workers=None, egl_devices=None)  # one process: as before
+    world.device = "cuda"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert world.simulators()["egl_devices"] is None  # and EGL chooses
     world.local_size, world.local_rank, world.device = 4, 1, "cuda:1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
     monkeypatch.setattr("sim.num_egl_devices", lambda: 8)  # the test machine has no GPU

@@ -171,6 +171,15 @@ def test_borrowed_environments_go_on_as_if_nothing_had_happened(model, envs, sho
 
 
 @pytest.mark.libero
+def test_an_episode_that_always_kills_its_worker_ends_the_evaluation(model, envs, short, capfd):
+    def kill():
+        os.kill(envs.worker_pids[0], signal.SIGKILL)
+
+    with pytest.raises(UserError, match="task 0, state 0 lost its simulator 4 times"):
+        evaluate(model, SUITE, [0], 1, envs=envs, on_step=kill, progress=False)
+
+
+@pytest.mark.libero
 def test_a_killed_worker_costs_no_episode(model, envs, short, capfd):
     ended = []
 

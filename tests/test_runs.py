@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import runs
-from common import UserError, wilson_interval
+from common import UserError, wilson_interval, write_film
 from eval import _write_video
 
 
@@ -89,6 +89,12 @@ def test_film_shows_the_scores_as_a_strip(tmp_path):
             height = 40 * score
             assert abs(bright.sum() - height) <= 5
             assert green.sum() == 0 if k > t else abs(green.sum() - height) <= 5
+
+
+def test_a_film_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    write_film(tmp_path / "file" / "film.mp4", [np.zeros((64, 64, 3), np.uint8)] * 2, 5)
+    assert capsys.readouterr().err.startswith("warning: no video") and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("points, final, what", [([], {}, "never evaluated"), ([(512, 1, 2)], {}, "common number")])
