@@ -3,6 +3,7 @@
     python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
     python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
     python bench.py leak                              # memory of the workers over 1,000 episodes
+    python bench.py rollout                           # train.py's rollout, environments all at once or in groups
     python bench.py soak --minutes 60                 # training while its workers are killed and stopped at random
     python bench.py scaling                           # train.py on 1, 2, 4 ... ranks, and a simulation up to 64
     python bench.py decode                            # actions/s of batched decoding, against transformers' `generate`
@@ -377,6 +378,87 @@ def print_leak(r):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# rollout
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RolloutArgs:
+    suite: str = field(default="libero_object", metadata={"help": "LIBERO suite"})
+    task_ids: Optional[list[int]] = field(default_factory=lambda: [0, 1], metadata={"help": "tasks", "min": 0})
+    model: str = field(default="openvla-tiny", metadata={"help": "policy, as for train.py"})
+    num_envs: int = field(default=16, metadata={"help": "environments", "min": 1, "max": 1000})
+    num_workers: Optional[int] = field(default=None, metadata={"help": "simulator processes", "default": "one per core", "min": 1})
+    groups: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "what to compare: train.py's --groups", "min": 1})
+    steps: int = field(default=16, metadata={"help": "decisions per environment in a turn", "min": 1})
+    rounds: int = field(default=4, metadata={"help": "turns of each variant; medians are reported", "min": 1})
+    out: Path = field(default=Path("runs/bench-rollout.json"), metadata={"help": "where the numbers go"})
+
+
+def rollout(args):
+    """Returns the numbers of `python bench.py rollout` as a dict: decisions/s of train.py's rollout, storing left out."""
+    import torch
+
+    import sim
+    import train
+    from envs import LiberoVecEnv
+    from policy import ActorCritic, OpenVLA
+
+    cuda = torch.cuda.is_available()
+    path = str(train.TINY / args.suite / "policy") if args.model == "openvla-tiny" else args.model
+    model = OpenVLA.from_pretrained(path, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
+    actor_critic = ActorCritic(model, targets="language")
+    actor_critic.merge_for_rollout()
+    n, turns = args.num_envs, {g: [] for g in args.groups}
+    envs = LiberoVecEnv(args.suite, n, args.task_ids, action_repeat=model.action_repeat, render=sim.default_render(),
+                        num_workers=args.num_workers)
+    samplers = [torch.Generator().manual_seed(i) for i in range(n)]
+    bar = tqdm(total=args.rounds * len(turns), desc="rollouts", unit="turn", leave=False)
+    try:
+        envs.reset(seed=0)
+        for _ in range(args.rounds):
+            for count in args.groups:
+                groups = [slice(g, None, count) for g in range(min(count, n))]
+                began, inference, wait = time.perf_counter(), 0.0, 0.0
+                for t in range(args.steps + 1):
+                    for group in groups:
+                        if t > 0:
+                            wait += envs.step_wait(group)[4]["timing"]["wait"]
+                        if t < args.steps:
+                            clock = time.perf_counter()
+                            obs = envs.observation(group)
+                            ids, mask = model.tokenize(obs["instruction"])
+                            pixels = model.preprocess(obs["agentview"]).to(model.dtype)
+                            tokens, _, _ = actor_critic.act(ids, mask, pixel_values=pixels, generator=samplers[group])
+                            actions = model.decode_actions(tokens.cpu().numpy(), args.suite)
+                            inference += time.perf_counter() - clock
+                            envs.step_async(actions, group)
+                turns[count].append((time.perf_counter() - began, inference, wait))
+                bar.update()
+        workers = len(envs.worker_pids)
+    finally:
+        bar.close()
+        envs.close()
+    rows = []
+    for count, seconds in turns.items():
+        ratios = [first[0] / ours[0] for first, ours in zip(turns[args.groups[0]], seconds, strict=True)]
+        total, inference, wait = np.median(seconds, axis=0).tolist()
+        rows.append(dict(groups=count, decisions_per_s=n * args.steps / total, inference=inference, wait=wait, rollout=total,
+                         ratio=float(np.median(ratios)), lowest=min(ratios), highest=max(ratios)))
+    return dict(suite=args.suite, environments=n, workers=workers, steps=args.steps, rounds=args.rounds, rows=rows)
+
+
+def print_rollout(r):
+    print(f"\n{r['suite']}, {r['environments']} environments in {r['workers']} simulator processes, {r['machine']['cores']} cores, "
+          f"{r['steps']} decisions each, {r['rounds']} rounds\n{'groups':>7s}{'decisions/s':>13s}{'rollout s':>11s}"
+          f"{'inference s':>13s}{'waiting s':>11s}{'ratio':>7s}   lowest to highest")
+    for x in r["rows"]:
+        print(f"{x['groups']:7d}{x['decisions_per_s']:13.1f}{x['rollout']:11.2f}{x['inference']:13.2f}{x['wait']:11.2f}"
+              f"{x['ratio']:7.2f}   {x['lowest']:.2f} to {x['highest']:.2f}")
+    print("ratio: of decisions/s to the first row's in the same round. waiting: for the simulator, with nothing to compute")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # soak
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -410,33 +492,34 @@ def audited_training(report):
     from envs import LiberoVecEnv
     from ppo import RolloutBuffer
 
-    count, lengths, written = Counter(lost=0), {}, []
-    step, store, finish = LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.finish
+    count, lengths, written = Counter(lost=0), {}, {}
+    wait, store, finish = LiberoVecEnv.step_wait, RolloutBuffer.store_outcome, RolloutBuffer.finish
 
-    def audited_step(self, actions):
-        obs, reward, terminated, truncated, info = step(self, actions)
-        before, after = lengths.get("now", 0), info["episode_length"]
-        ended, cut, grown = terminated | truncated, info["worker_restarted"], after - before
+    def audited_wait(self, slots=slice(None)):
+        obs, reward, terminated, truncated, info = wait(self, slots)
+        so_far = lengths.setdefault("now", np.zeros(self.num_envs, int))  # control steps of each environment's episode
+        after = info["episode_length"]
+        ended, cut, grown = terminated | truncated, info["worker_restarted"], after - so_far[slots]
         full = self.action_repeat
         fine = (grown == full) | (ended & (0 < grown) & (grown < full)) | (cut & (grown == 0))
-        lengths["now"] = np.where(ended, 0, after)
+        so_far[slots] = np.where(ended, 0, after)
         count.update(decisions=len(fine), lost=int((~fine).sum()), cut=int(cut.sum()), ended=int(ended.sum()))
         count["restarts"] = self.num_restarts
         return obs, reward, terminated, truncated, info
 
-    def audited_store(self, t, *rest, **named):
-        written.append(t)
-        return store(self, t, *rest, **named)
+    def audited_store(self, t, *rest, slots=slice(None), **named):
+        times = written.setdefault("now", np.zeros((self.num_steps, self.num_envs), int))
+        count["lost"] += int((times[:t, slots] != 1).sum())  # not in order
+        times[t, slots] += 1
+        return store(self, t, *rest, slots=slots, **named)
 
     def audited_finish(self, *rest):
-        if written != list(range(self.num_steps)):
-            count["lost"] += self.num_envs * max(1, abs(self.num_steps - len(set(written))))
-        count.update(stored=len(written) * self.num_envs, updates=1)
-        written.clear()
+        times = written.pop("now")
+        count.update(stored=int(times.sum()), lost=int((times != 1).sum()), updates=1)
         atomic_write(report, json.dumps(count))
         return finish(self, *rest)
 
-    LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.finish = audited_step, audited_store, audited_finish
+    LiberoVecEnv.step_wait, RolloutBuffer.store_outcome, RolloutBuffer.finish = audited_wait, audited_store, audited_finish
     train.main()
 
 
@@ -1261,6 +1344,7 @@ def machine():
 COMMANDS = {
     "envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs),
     "leak": (LeakArgs, "memory of the simulator processes over many episodes", leak, print_leak),
+    "rollout": (RolloutArgs, "decisions per second of a rollout, by groups that take turns", rollout, print_rollout),
     "soak": (SoakArgs, "training while its workers are killed at random", soak, print_soak),
     "scaling": (ScalingArgs, "train.py on several ranks, and a simulation up to 64 GPUs", scaling, print_scaling),
     "decode": (DecodeArgs, "actions per second: batched decoding against transformers' generate", decode, print_decode),

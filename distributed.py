@@ -28,6 +28,7 @@ SILENCE = 20  # of its own beats that a rank waits for somebody else's; a stalle
 GRACE = 5.0  # seconds that the main thread gets to end by itself (it may be printing the same news) before it is ended
 GRACE_STOP = 25.0  # the same after Ctrl-C, where rank 0 may be writing a checkpoint; torchrun kills after 30
 PATIENCE = timedelta(hours=2)  # of a collective
+MEETING = 600  # seconds until all ranks must have started
 
 
 class World:
@@ -56,14 +57,14 @@ class World:
         if gpus:
             torch.cuda.set_device(self.local_rank)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-            # A client of its own, because the main thread may sit in a call to the other one; and names of its own,
-            # because the store outlives a restart by torchrun.
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))
-            name = [os.urandom(8).hex()]
-            dist.broadcast_object_list(name, src=0, device=torch.device("cpu"))
-            self._store = dist.PrefixStore(name[0], store)
+            store = self._agree(dist)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo",
+                store=dist.PrefixStore("collectives", store), rank=self.rank, world_size=self.size, timeout=PATIENCE,
+            )
+            # A client of its own, because the main thread may sit in a call to the other one.
+            self._store = dist.PrefixStore("heartbeat", store.clone())
+            self._store.set_timeout(timedelta(seconds=60))
             self._beat()
             dist.barrier()
         except (RuntimeError, KeyError) as exc:
@@ -71,6 +72,40 @@ class World:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+
+    def _agree(self, dist):
+        """A key-value store that only the ranks of this start read and write.
+
+        torchrun's store outlives a restart, and init_process_group would look for the others under the addresses that
+        the dead ones left there (rank 1 did whenever it was there before rank 0). TORCHELASTIC_RESTART_COUNT cannot tell
+        starts apart, because a node that lost no rank does not count. So: everybody says hello with a word of its own, and
+        rank 0, which torchrun has ended before it starts a new one, answers each word with the name of this start.
+        """
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        ours = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # without torchrun, rank 0 serves
+        store, word = dist.TCPStore(*address, is_master=ours), os.urandom(8).hex()
+        until = time.monotonic() + MEETING
+
+        def wait_for(key, meanwhile=lambda: None):  # not store.wait, which does not hear SIGTERM
+            while not store.check([key]):
+                if time.monotonic() > until:
+                    raise RuntimeError(f"not all were there after {MEETING} s")
+                meanwhile()
+                time.sleep(0.05)
+
+        def answer(r):
+            if store.check([f"hello{r}"]):  # perhaps that of a dead one, whose answer nobody will read
+                store.set(f"name for {store.get(f'hello{r}').decode()}", word)
+
+        if self.rank:
+            store.set(f"hello{self.rank}", word)
+            wait_for(f"name for {word}")
+            word = store.get(f"name for {word}").decode()
+            store.set(f"{word} reached {self.rank}", "")
+        else:
+            for r in range(1, self.size):
+                wait_for(f"{word} reached {r}", lambda r=r: answer(r))
+        return dist.PrefixStore(word, store)
 
     # ---- the collectives ---------------------------------------------------------------------------------------------
 

@@ -752,9 +752,10 @@ class LiberoVecEnv(VectorEnv):
         for i in starting:
             self._began(i)
         info = {"eef_pos": s.eef_pos.copy(), "gripper": s.gripper.copy(), "init_state": s.init_state.copy()}
-        return self._observation(slice(None)), info
+        return self.observation(), info
 
-    def _observation(self, slots):
+    def observation(self, slots=slice(None)):
+        """The current observation of a group of slots (a slice) that are not in the middle of a step."""
         task_id = self._s.task_id[slots].copy()
         instruction = [self._instructions[t] for t in task_id]
         return {"agentview": self._s.agentview[slots], "task_id": task_id, "instruction": instruction}
@@ -826,7 +827,7 @@ class LiberoVecEnv(VectorEnv):
         physics, render, reset = s.seconds[slots].sum(axis=0).tolist()
         busiest = max(h.busy_seconds for h in self._workers if set(h.slots).intersection(rows))
         flags = (s.reward[slots].copy(), s.terminated[slots].copy(), s.truncated[slots].copy())
-        obs, wall = self._observation(slots), time.perf_counter() - float(self._began_at[slots].min())
+        obs, wall = self.observation(slots), time.perf_counter() - float(self._began_at[slots].min())
         info["timing"] = dict(physics=physics, render=render, reset=reset, busiest=busiest, wall=wall, wait=wait)
         return obs, *flags, info
 
@@ -876,7 +877,7 @@ class LiberoVecEnv(VectorEnv):
             arrays = {i: np.asarray(state[f"sim_{i}"]) for i in handle.slots if f"sim_{i}" in state}
             handle.send(("set_state", handle.slots, arrays), self.timeout)
         self._await(range(self.num_envs))
-        return self._observation(slice(None))
+        return self.observation()
 
 
 def merge_states(states):

@@ -148,33 +148,35 @@ class RolloutBuffer:
         """Number of transitions, T * N."""
         return self.num_steps * self.num_envs
 
-    def store_decision(self, t, images, input_ids, attention_mask, action_tokens, token_log_probs, values):
-        """Write o_t and a_t. images (N, *image_shape), input_ids and attention_mask (N, L) for any L, action_tokens and
-        token_log_probs (N, 7), values (N,)."""
+    def store_decision(self, t, images, input_ids, attention_mask, action_tokens, token_log_probs, values, slots=slice(None)):
+        """Write o_t and a_t of the n environments `slots` (a slice; all by default): images (n, *image_shape), input_ids and
+        attention_mask (n, L) for any L, action_tokens and token_log_probs (n, 7), values (n,)."""
         width = input_ids.shape[1]
         if width > self.input_ids.shape[2]:  # a longer instruction than any so far; old rows get more padding
             extra = width - self.input_ids.shape[2]
             self.input_ids = F.pad(self.input_ids, (0, extra))
             self.attention_mask = F.pad(self.attention_mask, (0, extra))
-        self.input_ids[t], self.attention_mask[t] = 0, 0  # the previous rollout's prompts may have been longer
-        self.input_ids[t, :, :width] = input_ids
-        self.attention_mask[t, :, :width] = attention_mask
-        self.images[t] = images
-        self.action_tokens[t] = action_tokens
-        self.token_log_probs[t] = token_log_probs
-        self.log_probs[t] = action_log_prob(token_log_probs)
-        self.values[t] = values
+        self.input_ids[t, slots], self.attention_mask[t, slots] = 0, 0  # the previous rollout's prompts may have been longer
+        self.input_ids[t, slots, :width] = input_ids
+        self.attention_mask[t, slots, :width] = attention_mask
+        self.images[t, slots] = images
+        self.action_tokens[t, slots] = action_tokens
+        self.token_log_probs[t, slots] = token_log_probs
+        self.log_probs[t, slots] = action_log_prob(token_log_probs)
+        self.values[t, slots] = values
 
-    def store_outcome(self, t, rewards, terminated, truncated, final_values, prm_scores=None):
-        """Write what followed a_t, each (N,).
+    def store_outcome(self, t, rewards, terminated, truncated, final_values, prm_scores=None, slots=slice(None)):
+        """Write what followed a_t in the n environments `slots`, each (n,).
 
         final_values: V of the last observation of the episodes that were truncated at t; other entries are ignored.
         """
-        self.rewards[t] = torch.as_tensor(rewards)
-        self.terminated[t] = torch.as_tensor(terminated)
-        self.truncated[t] = torch.as_tensor(truncated)
-        self.next_values[t] = torch.where(self.truncated[t], torch.as_tensor(final_values).to(self.rewards), 0.0)
-        self.prm_scores[t] = 0.0 if prm_scores is None else torch.as_tensor(prm_scores)
+        truncated = torch.as_tensor(truncated)
+        self.rewards[t, slots] = torch.as_tensor(rewards)
+        self.terminated[t, slots] = torch.as_tensor(terminated)
+        self.truncated[t, slots] = truncated
+        final_values = torch.as_tensor(final_values).to(self.rewards)
+        self.next_values[t, slots] = torch.where(truncated.to(self.device), final_values, 0.0)
+        self.prm_scores[t, slots] = 0.0 if prm_scores is None else torch.as_tensor(prm_scores)
 
     def finish(self, last_values, gamma, lam):
         """Complete next_values and compute advantages and returns.

@@ -174,6 +174,8 @@ def _stock_solves(model, data, n):
 # Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained (README, "Environments").
 FACES_PER_PIXEL = 0.75
 PLAIN_FACES_PER_PIXEL = 0.3  # without texture: the robot and its mount, smooth shapes that fewer faces describe
+WICKER_FACES_PER_PIXEL = 2.0  # the basket's weave is geometry; where it is large (from WICKER_PIXELS on), that shows
+WICKER_PIXELS = 100
 MIN_FACES = 60
 # Software OpenGL spends half of a picture on LIBERO's 4 samples per pixel. A plain picture of 352 px, averaged down to 256,
 # costs little more than a plain one of 256 and is 1 to 3 dB closer to `exact`.
@@ -344,6 +346,8 @@ def light_model(model, data, image_size=256):
             light.mesh_facenum[i] = 0  # never drawn: nothing to upload
             continue
         per_pixel = FACES_PER_PIXEL if model.mesh_texcoordadr[i] >= 0 else PLAIN_FACES_PER_PIXEL
+        if diameter[i] >= WICKER_PIXELS and "basket_vis" in model.mesh(i).name:
+            per_pixel = WICKER_FACES_PER_PIXEL
         target = max(MIN_FACES, int(per_pixel * np.pi / 4 * diameter[i] ** 2))
         if model.mesh_facenum[i] <= target:
             continue

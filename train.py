@@ -19,6 +19,7 @@ A "decision" is one action of the policy: `action_repeat` control steps of the s
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import subprocess
@@ -40,6 +41,7 @@ DEFAULTS = {
         total_steps=40_960,
         num_envs=16,
         num_steps=32,
+        groups=2,
         max_episode_steps=160,
         lr=1e-3,
         critic_lr=1e-3,
@@ -55,6 +57,7 @@ DEFAULTS = {
         total_steps=1_280_000,
         num_envs=10,
         num_steps=128,
+        groups=1,
         max_episode_steps=150,
         lr=2e-5,
         critic_lr=5e-5,
@@ -102,6 +105,12 @@ class Args:
     total_steps: Optional[int] = _sized("total_steps", "decisions in total, over all environments", min=1)
     num_envs: Optional[int] = _sized("num_envs", "environments N, over all ranks", min=1, max=10_000)
     num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1, max=100_000)
+    groups: Optional[int] = _sized(
+        "groups",
+        "groups that environments take turns in: while the simulator moves one, actions are decoded for the next. 1: all "
+        "at once, fewer and larger batches",
+        min=1,
+    )
     max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
     num_workers: Optional[int] = _flag(None, "simulator processes of a rank", default="one per core", min=1)
     worker_timeout: float = _flag(
@@ -311,9 +320,9 @@ def score_rollout(reward_model, buffer, mode, last_observation, final_images, sh
 
 
 def in_one_order(parts):
-    """Curriculum outcomes of all ranks, each a list of (decision t, outcome), in the order that one process would count them:
-    by decision, then by environment. Ranks come in the order of their environments, and sorting keeps the order of equals."""
-    return [outcome for _, outcome in sorted((x for part in parts for x in part), key=lambda x: x[0])]
+    """Curriculum outcomes of all ranks, each a list of (decision, environment, outcome), in the order that one process
+    without groups would count them: by decision, then by environment in the numbering of all ranks."""
+    return [outcome for *_, outcome in sorted((x for part in parts for x in part), key=lambda x: x[:2])]
 
 
 def score_frames(vlm, watched, last, final_frames, mode):
@@ -544,12 +553,16 @@ def main():
         obs, _ = envs.reset(seed=args.seed)
     metrics_log, config = runs.Metrics(out, lines) if world.first else None, json.dumps(asdict(args), indent=1)
 
-    def observe(obs, rows=slice(None), frames=None):
-        """Frames and instructions -> what the models read: images (B, P, d) or (B, 6, S, S), input_ids, attention_mask (B, L)."""
-        frames = obs["agentview"][rows] if frames is None else frames
+    # Every n-th environment, so that each simulator process has some of every group.
+    groups = [slice(g, None, args.groups) for g in range(min(args.groups, num_envs))]
+    asked = [None] * num_envs  # the instruction of the decision that is being carried out
+
+    def observe(frames, instructions):
+        """Frames (B, 256, 256, 3) uint8, B instructions -> what the models read: images (B, P, d) or (B, 6, S, S), and
+        input_ids, attention_mask (B, L)."""
         pixels = policy_base.preprocess(frames).to(dtype)
         images = actor_critic.embed_images(pixels) if actor_critic.vision_frozen else pixels
-        return images, *policy_base.tokenize([obs["instruction"][i] for i in np.arange(num_envs)[rows]])
+        return images, *policy_base.tokenize(instructions)
 
     def save(iteration):
         mine = [sampler.get_state() for sampler in samplers], envs.get_state()
@@ -603,66 +616,74 @@ def main():
             if actor_critic.critic != "shared" and not shard:
                 actor_critic.merge_for_rollout()
 
-            # Rollout: M decisions in each of N environments.
-            for t in range(args.num_steps):
-                clock = time.time()
-                images, input_ids, mask = observe(obs)
-                tokens, log_probs, values = actor_critic.act(
-                    input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=samplers
-                )
-                buffer.store_decision(
-                    t, images.cpu(), input_ids.cpu(), mask.cpu(), tokens.cpu(), log_probs.cpu(), values.cpu()
-                )
-                actions = policy_base.decode_actions(tokens.cpu().numpy(), args.suite)  # (N, 7)
-                times["inference"] += time.time() - clock
-                if filming:
-                    film.append(obs["agentview"][0].copy())
-                previous = obs["instruction"]
-                if stock:
-                    watched.append((obs["agentview"].copy(), previous))
-                obs, rewards, terminated, truncated, info = envs.step(actions)
-                for key in ("physics", "render", "wait"):
-                    times[key] += info["timing"][key]
-                ended_at += [t] * (len(curriculum.pending) - len(ended_at))
+            # Rollout: M decisions in each of N environments. A group's turn: what became of its decision t - 1, then its
+            # decision t, which the simulator carries out while the other groups have theirs.
+            for t, group in itertools.product(range(args.num_steps + 1), groups):
+                numbers = range(num_envs)[group]  # (n,)
+                if t > 0:
+                    _, rewards, terminated, truncated, info = envs.step_wait(group)
+                    for key in ("physics", "render", "wait"):
+                        times[key] += info["timing"][key]
 
-                # A cut episode did not end: its value goes on from the observation that really was its last. (For an
-                # episode lost with its worker that is the last one known, the one this decision was made on.)
-                final_values = torch.zeros(num_envs)
-                rows = np.flatnonzero(truncated)
-                if shard and world.any(len(rows)) and not len(rows):
-                    rows = np.array([0])  # a forward pass of a sharded model needs all ranks; `store_outcome` ignores this one
-                if len(rows):
-                    final = {"instruction": previous}
-                    images, input_ids, mask = observe(final, rows, info["final_obs"]["agentview"][rows])
-                    with torch.no_grad():
-                        final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
-                    kept = {(t, int(n)): image for n, image in zip(rows, images.cpu(), strict=True) if truncated[n]}
-                    final_images.update(kept)
-                    final_frames.update({(t, n): info["final_obs"]["agentview"][n].copy() for _, n in kept})
-                if t == 0:  # decisions that the filmed episode had before this rollout
-                    played = max(0, math.ceil(info["episode_length"][0] / policy_base.action_repeat) - 1)
-                buffer.store_outcome(
-                    t,
-                    torch.from_numpy(rewards),
-                    torch.from_numpy(terminated),
-                    torch.from_numpy(truncated),
-                    final_values,
-                )
-                ended = terminated | truncated
-                wins, episodes, cut = (
-                    wins + int(terminated.sum()),
-                    episodes + int(ended.sum()),
-                    cut + int(info["worker_restarted"].sum()),
-                )
-                lengths += info["episode_length"][ended].tolist()
-                stop.check()
-            last_observation = observe(obs)
+                    # A cut episode did not end: its value goes on from the observation that really was its last. (For an
+                    # episode lost with its worker that is the last one known, the one this decision was made on.)
+                    final_values = torch.zeros(len(numbers))
+                    rows = np.flatnonzero(truncated)
+                    if shard and world.any(len(rows)) and not len(rows):
+                        rows = np.array([0])  # a forward pass of a sharded model needs all ranks; `store_outcome` ignores this one
+                    if len(rows):
+                        frames = info["final_obs"]["agentview"][rows]
+                        images, input_ids, mask = observe(frames, [asked[numbers[i]] for i in rows])
+                        with torch.no_grad():
+                            final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
+                        for i, image, frame in zip(rows, images.cpu(), frames, strict=True):
+                            if truncated[i]:
+                                final_images[t - 1, numbers[i]], final_frames[t - 1, numbers[i]] = image, frame
+                    buffer.store_outcome(
+                        t - 1,
+                        torch.from_numpy(rewards),
+                        torch.from_numpy(terminated),
+                        torch.from_numpy(truncated),
+                        final_values,
+                        slots=group,
+                    )
+                    ended = terminated | truncated
+                    wins += int(terminated.sum())
+                    episodes += int(ended.sum())
+                    cut += int(info["worker_restarted"].sum())
+                    lengths += info["episode_length"][ended].tolist()
+                    ended_at += [(t - 1, slots[numbers[i]]) for i in np.flatnonzero(ended & ~info["worker_restarted"])]
+                    if t == 1 and group is groups[0]:  # decisions that the filmed episode had before this rollout
+                        played = max(0, math.ceil(info["episode_length"][0] / policy_base.action_repeat) - 1)
+                    stop.check()
+                if t < args.num_steps:
+                    clock = time.time()
+                    obs = envs.observation(group)
+                    images, input_ids, mask = observe(obs["agentview"], obs["instruction"])
+                    tokens, log_probs, values = actor_critic.act(
+                        input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=samplers[group]
+                    )
+                    decision = (images, input_ids, mask, tokens, log_probs, values)
+                    buffer.store_decision(t, *(x.cpu() for x in decision), slots=group)
+                    actions = policy_base.decode_actions(tokens.cpu().numpy(), args.suite)  # (n, 7)
+                    times["inference"] += time.time() - clock
+                    asked[group] = obs["instruction"]
+                    if filming and group is groups[0]:
+                        film.append(obs["agentview"][0].copy())
+                    if stock:  # it judges frames
+                        if group is groups[0]:
+                            watched.append((np.empty((num_envs, *obs["agentview"].shape[1:]), np.uint8), [None] * num_envs))
+                        watched[t][0][group], watched[t][1][group] = obs["agentview"], obs["instruction"]
+                    envs.step_async(actions, group)
+            obs = envs.observation()
+            last_observation = observe(obs["agentview"], obs["instruction"])
             with torch.no_grad():
                 last_values = (
                     actor_critic.value(*last_observation[1:], **{image_kind: last_observation[0]}).float().cpu()
                 )
             clock = time.time()
-            outcomes = in_one_order(world.gather(list(zip(ended_at, curriculum.pending, strict=True))))
+            outcomes = [(*when, outcome) for when, outcome in zip(ended_at, curriculum.pending, strict=True)]
+            outcomes = in_one_order(world.gather(outcomes))
             if world.size > 1:
                 times["slowest_rank"] = time.time() - clock  # waiting for it
             curriculum.commit(outcomes)

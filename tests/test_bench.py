@@ -121,6 +121,16 @@ def test_soak_counts_every_decision_once(tmp_path):
 
 @pytest.mark.libero
 @pytest.mark.slow
+def test_rollout_compares_groups(capsys):
+    r = bench.rollout(bench.RolloutArgs(task_ids=[0], num_envs=3, num_workers=2, groups=[1, 2, 8], steps=2, rounds=2))
+    assert [x["groups"] for x in r["rows"]] == [1, 2, 8] and r["workers"] == 2 and r["rows"][0]["ratio"] == 1.0
+    assert all(0 < x["inference"] + x["wait"] < x["rollout"] and x["decisions_per_s"] > 0 for x in r["rows"])
+    bench.print_rollout({**r, "machine": bench.machine()})
+    assert "decisions/s" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+@pytest.mark.slow
 def test_leak_watches_every_worker(capsys):
     r = bench.leak(bench.LeakArgs(episodes=110, task_ids=[0], num_envs=2, num_workers=2, max_steps=4))
     episodes = [ended for ended, *_ in r["samples"]]

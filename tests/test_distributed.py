@@ -124,10 +124,10 @@ def test_the_curriculum_counts_outcomes_in_the_order_of_one_process():
     for t, n in zip(*np.nonzero(ended), strict=True):
         one.update(*outcome[t, n])
     one.commit()
-    for ranks in (1, 2, 3):
-        share = N // ranks
-        parts = [[(int(t), outcome[t, n]) for t in range(T) for n in range(r * share, (r + 1) * share) if ended[t, n]]
-                 for r in range(ranks)]
+    for ranks, groups in [(1, 1), (1, 2), (2, 1), (2, 3), (3, 2)]:  # a group's decisions are counted before the next one's
+        turns = [(t, g) for t in range(T) for g in range(groups)]
+        shares = [range(N)[r * N // ranks : (r + 1) * N // ranks] for r in range(ranks)]
+        parts = [[(t, n, outcome[t, n]) for t, g in turns for n in share[g::groups] if ended[t, n]] for share in shares]
         several = envs.Curriculum([0, 1], window=3, deferred=True)
         several.commit(train.in_one_order(parts))
         assert several.state_dict()["outcomes"].tolist() == one.state_dict()["outcomes"].tolist()
@@ -247,6 +247,18 @@ def test_an_error_of_one_rank_is_told_by_all(tmp_path):
     assert run.returncode != 0
     assert "error: rank 1 of 2: the milk is spilt" in stderr
     assert "error: rank 0 of 2: rank 1 ended (the milk is spilt)" in stderr
+
+
+@pytest.mark.slow
+def test_a_restart_meets_the_living_and_not_the_addresses_of_the_dead(tmp_path):
+    """torchrun's store outlives a restart, and rank 1 may be there first."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port),
+                  TORCHELASTIC_USE_AGENT_STORE="True")
+    for _ in range(2):
+        command = [sys.executable, "tests/distributed_worker.py", "late", str(tmp_path)]
+        for run in [start(command, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in (0, 1)]:
+            finish(run)
 
 
 class distributed_port:

@@ -114,6 +114,17 @@ def uninterrupted(models, tmp_path_factory):
 
 
 @pytest.mark.libero
+def test_environments_in_groups_learn_what_they_learn_all_at_once(models, uninterrupted, tmp_path):
+    """Taking turns changes the sizes of batches, hence rounding, and nothing else."""
+    _finish(_command(models, tmp_path / "once", "--groups", "1"))
+    turns, once = _metrics(uninterrupted[0]), _metrics(tmp_path / "once")
+    assert json.loads((uninterrupted[0] / "config.json").read_text())["groups"] == 2
+    assert len(turns) == len(once) == 4 and sum(m["charts/episodes"] for m in once) > 0
+    for ours, theirs in zip(turns, once, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.libero
 def test_a_run_leaves_what_it_promises(models, uninterrupted):
     out, stdout, stderr = uninterrupted
     metrics = _metrics(out)
