@@ -2,6 +2,7 @@
 
     python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
     python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
+    python bench.py pictures                          # light against exact, every task of four suites
     python bench.py leak                              # memory of the workers over 1,000 episodes
     python bench.py rollout                           # train.py's rollout, environments all at once or in groups
     python bench.py soak --minutes 60                 # training while its workers are killed and stopped at random
@@ -323,6 +324,57 @@ def print_envs(r):
               f"{w['memory_per_worker']:11.0f}")
     print("overhead: share of the wall time in which a worker neither simulates nor renders (Python, waiting for the\n"
           "slowest worker, messages, main process); transport: messages and main process alone")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pictures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PicturesArgs:
+    suites: str = field(default="libero_object,libero_spatial,libero_goal,libero_10", metadata={"help": "LIBERO suites"})
+    task_ids: Optional[list[int]] = field(default=None, metadata={"help": "tasks of each", "default": "all", "min": 0})
+    repeats: int = field(default=5, metadata={"help": "pictures timed of each kind", "min": 1})
+    out: Path = field(default=Path("runs/bench-pictures.json"), metadata={"help": "where the numbers go"})
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of two uint8 pictures, in dB."""
+    return float(10 * np.log10(255.0**2 / np.square(a.astype(float) - b).mean()))
+
+
+def pictures(args):
+    """Returns the numbers of `python bench.py pictures` as a dict: light against exact, first frame of initial state 0."""
+    os.environ["LP_NUM_THREADS"] = "0"  # Mesa draws in the calling thread
+    import sim
+
+    wanted = [(suite, task) for suite in args.suites.split(",") for task in sim.check_task_ids(suite, args.task_ids)]
+    rows = []
+    for suite, task_id in tqdm(wanted, desc="pictures", unit="task", leave=False):
+        frames, times = {}, {}
+        for kind in ("exact", "light"):
+            task = sim.TaskSim(suite, task_id, render=kind)
+            episode = task.episode()
+            episode.reset(0)
+            frames[kind], began = episode.render(), time.process_time()
+            for _ in range(args.repeats):
+                episode.render()
+            times[kind] = 1e3 * (time.process_time() - began) / args.repeats
+            task.close()
+        rows.append(dict(suite=suite, task_id=task_id, psnr=psnr(frames["exact"], frames["light"]), ms=times))
+    return dict(tasks=rows)
+
+
+def print_pictures(r):
+    print(f"\n{'':16s}{'tasks':>6s}{'lowest PSNR':>20s}{'mean':>7s}{'light ms':>10s}{'exact ms':>10s}{'ratio':>7s}")
+    for suite in dict.fromkeys(row["suite"] for row in r["tasks"]):
+        rows = [row for row in r["tasks"] if row["suite"] == suite]
+        worst = min(rows, key=lambda row: row["psnr"])
+        light, exact = (float(np.mean([row["ms"][kind] for row in rows])) for kind in ("light", "exact"))
+        print(f"{suite:16s}{len(rows):6d}{worst['psnr']:8.1f} dB (task {worst['task_id']:2d}){np.mean([x['psnr'] for x in rows]):7.1f}"
+              f"{light:10.1f}{exact:10.1f}{exact / light:7.1f}")
+    print("milliseconds of CPU time, one core")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1343,6 +1395,7 @@ def machine():
 
 COMMANDS = {
     "envs": (EnvsArgs, "LIBERO environments: stock against ours", envs, print_envs),
+    "pictures": (PicturesArgs, "light pictures against exact ones: PSNR and time", pictures, print_pictures),
     "leak": (LeakArgs, "memory of the simulator processes over many episodes", leak, print_leak),
     "rollout": (RolloutArgs, "decisions per second of a rollout, by groups that take turns", rollout, print_rollout),
     "soak": (SoakArgs, "training while its workers are killed at random", soak, print_soak),

@@ -75,12 +75,31 @@ class ActionTokenizer:
         """Token ids -> bin centres, float64. Ids that are no action tokens decode to the nearest end, as officially."""
         return self.centres[np.clip(self.vocab_end - _numpy(tokens) - 1, 0, self.bins - 2)]
 
+    def levels(self, tokens):
+        """Token ids -> 0 (lowest value) ... bins - 1 (highest): how an action is written for a model without these tokens."""
+        return self.vocab_end - 1 - tokens
+
     def token_to_bin(self, tokens):
         """Token ids -> index into the last axis of `action_logits` (0 ... 255, in token id order)."""
         return tokens - self.first
 
     def bin_to_token(self, bins):
         return bins + self.first
+
+
+def policy_convention(actions):
+    """Actions (n, 7) of a LIBERO file, gripper -1 open and +1 close -> the policy's, gripper 1 open and 0 close."""
+    return np.concatenate([actions[:, :6], (1.0 - actions[:, 6:]) / 2.0], axis=1)
+
+
+def normalize_actions(actions, low, high, mask):
+    """Actions (..., 7) -> [-1, 1] where the mask is true and the value lies between the quantiles `low` and `high`."""
+    return np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
+
+
+def unnormalize_actions(x, low, high, mask):
+    """Inverse of `normalize_actions`."""
+    return np.where(mask, 0.5 * (x + 1) * (high - low) + low, x)
 
 
 def _numpy(x):
@@ -662,7 +681,8 @@ class OpenVLA(nn.Module):
                 state = self.language_model.model.norm(x)
         return Actions(torch.stack(tokens, 1), torch.stack(log_probs, 1))
 
-    def _stats(self, unnorm_key):
+    def action_statistics(self, unnorm_key):
+        """(q01, q99, mask), each (7,): values between the two quantiles become -1 ... 1 where the mask is true."""
         if unnorm_key is None and len(self.norm_stats) == 1:
             unnorm_key = next(iter(self.norm_stats))
         for key in (unnorm_key, f"{unnorm_key}_no_noops"):  # official checkpoints use either name
@@ -681,15 +701,13 @@ class OpenVLA(nn.Module):
 
     def decode_actions(self, tokens, unnorm_key=None):
         """tokens (B, 7) -> actions (B, 7) float64 in policy convention (gripper 0 = close ... 1 = open)."""
-        low, high, mask = self._stats(unnorm_key)
-        x = self.action_tokenizer.decode(tokens)
-        return np.where(mask, 0.5 * (x + 1) * (high - low) + low, x)
+        low, high, mask = self.action_statistics(unnorm_key)
+        return unnormalize_actions(self.action_tokenizer.decode(tokens), low, high, mask)
 
     def encode_actions(self, actions, unnorm_key=None):
         """actions (B, 7) in policy convention -> tokens (B, 7) int64 numpy: inverse of `decode_actions`, clipped."""
-        low, high, mask = self._stats(unnorm_key)
-        x = np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
-        return self.action_tokenizer.encode(x)
+        low, high, mask = self.action_statistics(unnorm_key)
+        return self.action_tokenizer.encode(normalize_actions(actions, low, high, mask))
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

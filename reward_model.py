@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from common import UserError, atomic_write, main_guard, parse_command, progress_bar, read_json, safe_name
 from demos import demo_files, demo_path, read_demos, write_demos
-from policy import ACTION_DIM, OpenVLA, explain_out_of_memory
+from policy import ACTION_DIM, OpenVLA, explain_out_of_memory, policy_convention
 
 CONTROL_HZ = 20.0  # LIBERO's control steps per second
 STROKE = 0.08  # metres between the fingers of the open Panda gripper
@@ -405,7 +405,9 @@ def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
 
 
 class RewardModel:
-    """A frozen RPRM. `model` is an OpenVLA, `info` the content of rprm.json (label rule, training, metrics)."""
+    """An RPRM, frozen except in `fit`. `model` is an OpenVLA, `info` the content of rprm.json (label rule, training, metrics)."""
+
+    CHUNK = 256  # rows judged at a time
 
     def __init__(self, model, info):
         self.model, self.info = model.eval().requires_grad_(False), info
@@ -416,6 +418,8 @@ class RewardModel:
         info = Path(directory) / "rprm.json"
         if not info.is_file():
             raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give the --out of `train`")
+        if "vlm" in read_json(info):
+            raise UserError(f"{directory} is a tuned VLM; this needs an RPRM that was made from the policy (`train` without --vlm)")
         return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), read_json(info))
 
     @torch.no_grad()
@@ -440,6 +444,38 @@ class RewardModel:
             score = self.score(ids, mask, tokens[i : i + chunk], patch_embeddings=embeddings)
             scores.append(score.double().cpu().numpy())
         return np.concatenate(scores)
+
+    # What training wants of a judge; `vlm.VLM` has the same methods.
+
+    def images_of(self, frames):
+        """Frames (n, H, W, 3) uint8 upright -> what `Examples` keeps of them."""
+        return embed_frames(self.model, frames).to("cpu", torch.float16)  # 25 kB each at the tiny size
+
+    def actions_of(self, actions, unnorm_key):
+        """Actions (n, 7) in file convention -> what `Examples` keeps of them, (n, 7) int64."""
+        return action_tokens_of(self.model, actions, unnorm_key)
+
+    def values_of(self, actions, unnorm_key):
+        """Inverse of `actions_of` up to rounding, in the policy's convention: (n, 7) float64."""
+        return self.model.decode_actions(actions, unnorm_key)
+
+    def trainable(self):
+        """The parameters that `fit` changes. The vision side stays the policy's; see `shares_vision`."""
+        return list(self.model.language_model.parameters())
+
+    def verdicts(self, batch, hidden, whole_vocabulary=False):
+        """Logits of the tokens "1" and "0" (B, 2), or of all tokens (B, V), for the Examples `batch`; with gradient.
+        hidden (B,) bool: rows whose action is not shown."""
+        model = self.model
+        input_ids, attention_mask = model.tokenize(batch.instructions)
+        tokens = torch.where(hidden[:, None], self.token_ids[1], batch.actions)
+        vocabulary = list(range(model.text["vocab_size"])) if whole_vocabulary else self.token_ids
+        embeddings = batch.images.to(model.device, model.dtype)
+        return verdict_logits(model, input_ids, attention_mask, tokens.to(model.device), vocabulary, patch_embeddings=embeddings)
+
+    def save(self, directory, info):
+        self.model.side_files["rprm.json"] = json.dumps(info, indent=1).encode()
+        self.model.save_pretrained(directory)
 
     def shares_vision(self, policy):
         """True when `policy` computes the same patch embeddings, so that one vision pass can serve both in a rollout.
@@ -484,79 +520,15 @@ def verdict_logits(
     ).float()
 
 
-class StockVLM:
-    """A vision-language model of transformers, asked in words and not trained: what the authors' release wraps
-    (Qwen2-VL-2B). It sees no action; its score is p("1") / (p("1") + p("0")) for the answer's first token."""
-
-    QUESTION = "The task is to {instruction}, is it completed? Answer 1 for yes or 0 for no."
-
-    def __init__(self, model, tokenizer, image_processor, processor):
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.image_processor, self.processor = image_processor, processor
-        pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("1", "0")]
-        if any(len(piece) != 1 for piece in pieces) or pieces[0] == pieces[1]:
-            raise UserError(f'this model\'s tokenizer does not write "1" and "0" as one token each: {pieces}')
-        self.token_ids = [piece[0] for piece in pieces]
-
-    @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-        try:
-            own = dict(trust_remote_code=False)  # never code that came with the weights
-            tokenizer = AutoTokenizer.from_pretrained(path, **own)
-            image_processor = AutoImageProcessor.from_pretrained(path, **own)
-            # transformers builds a Qwen-VL processor only where torchvision is installed (for video). One image needs a
-            # tokenizer, an image processor and the line of code in `_inputs`; every other family comes as a whole.
-            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(path, **own)
-            own["use_safetensors"] = True  # nor a pickle
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **own).to(device)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"no vision-language model at {path}: {error}") from error
-        return cls(model, tokenizer, image_processor, processor)
-
-    def _inputs(self, images, instruction):
-        content = [{"type": "image"}, {"type": "text", "text": self.QUESTION.format(instruction=instruction)}]
-        chat = [{"role": "user", "content": content}]
-        if self.processor is not None:
-            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-            return self.processor(images=[[image] for image in images], text=[text] * len(images), return_tensors="pt")
-        text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        inputs = self.image_processor(images=images, return_tensors="pt")
-        image_id = self.model.config.image_token_id
-        image_token = self.tokenizer.convert_ids_to_tokens(image_id)
-        patches = int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2  # of each image
-        tokens = self.tokenizer([text.replace(image_token, image_token * patches)] * len(images), return_tensors="pt")
-        inputs.update(tokens)
-        inputs["mm_token_type_ids"] = (tokens["input_ids"] == image_id).int()  # 1 at image tokens: for 2-D positions
-        return inputs
-
-    @torch.no_grad()
-    def score_frames(self, frames, instruction, chunk=8):
-        """Scores (T,) float64 of frames (T, H, W, 3) uint8 upright. All rows have one length, so nothing is padded."""
-        scores = []
-        for i in range(0, len(frames), chunk):
-            inputs = self._inputs(list(frames[i : i + chunk]), instruction).to(self.model.device)
-            logits = self.model(**inputs, logits_to_keep=1).logits[:, -1, self.token_ids].double()
-            scores.append((logits[:, 0] - logits[:, 1]).sigmoid().cpu().numpy())
-        return np.concatenate(scores)
-
-    def score_rows(self, frames, instructions):
-        """Scores (B,) float64 of frames (B, H, W, 3), each with its instruction. Rows that share one go together."""
-        with explain_out_of_memory("use a smaller --reward-model, or --prm-mode none"):
-            scores, instructions = np.zeros(len(frames)), np.array(instructions)
-            for instruction in np.unique(instructions):
-                rows = np.flatnonzero(instructions == instruction)
-                scores[rows] = self.score_frames(frames[rows], str(instruction))
-        return scores
-
-
 def load_reward_model(path, dtype=torch.float32, device="cpu"):
-    """What `train.py --reward-model` names: an RPRM, or else a stock VLM, in a directory or under a hub id."""
-    folder, config = Path(path), Path(path) / "config.json"
+    """What `train.py --reward-model` names: an RPRM, tiny or an adapter of a VLM, or else a stock VLM (directory or hub id)."""
+    from vlm import VLM
+
+    folder, config, info = Path(path), Path(path) / "config.json", Path(path) / "rprm.json"
     hub_id = not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.is_dir()
     is_stock = hub_id or (config.is_file() and '"openvla"' not in config.read_text(errors="replace"))
-    return (StockVLM if is_stock else RewardModel).from_pretrained(path, dtype=dtype, device=device)
+    is_tuned = info.is_file() and "vlm" in read_json(info)
+    return (VLM if is_stock or is_tuned else RewardModel).from_pretrained(path, dtype=dtype, device=device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -566,11 +538,11 @@ def load_reward_model(path, dtype=torch.float32, device="cpu"):
 
 @dataclass
 class Examples:
-    """Labelled rows of many trajectories. The vision side is frozen, so each image goes through the towers once."""
+    """Labelled rows of many trajectories, in the form that the judge reads (`RewardModel` or `vlm.VLM`)."""
 
     instructions: list  # n strings
-    patch_embeddings: torch.Tensor  # (n, P, d) float16, on the CPU: 25 kB a row at the tiny size
-    action_tokens: torch.Tensor  # (n, 7) int64
+    images: torch.Tensor  # on the CPU. RewardModel: patch embeddings (n, P, d) float16, since its vision is frozen; VLM: frames
+    actions: torch.Tensor  # (n, 7) int64. RewardModel: action tokens; VLM: levels 0 to 255
     labels: torch.Tensor  # (n,) float32, 1 or 0
     trajectory: torch.Tensor  # (n,) int64, number of the trajectory that the row is from
 
@@ -580,12 +552,12 @@ class Examples:
     def select(self, rows):
         rows = torch.as_tensor(rows)
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
-        tensors = (self.patch_embeddings, self.action_tokens, self.labels, self.trajectory)
+        tensors = (self.images, self.actions, self.labels, self.trajectory)
         return Examples([self.instructions[i] for i in rows.tolist()], *(x[rows] for x in tensors))
 
 
-def make_examples(model, trajectories, rule, unnorm_key, summary):
-    """Label trajectories (of `read_trajectories`), embed the labelled rows -> Examples. Counts into `summary`."""
+def make_examples(judge, trajectories, rule, unnorm_key, summary):
+    """Label trajectories (of `read_trajectories`), keep the labelled rows -> Examples. Counts into `summary`."""
     instructions, parts = [], []
     for number, trajectory in enumerate(trajectories):
         result = label(trajectory, rule)
@@ -594,10 +566,9 @@ def make_examples(model, trajectories, rule, unnorm_key, summary):
         if not result.usable or not len(rows):
             continue
         instructions += [trajectory["instruction"]] * len(rows)
-        tokens = action_tokens_of(model, trajectory["actions"][rows], unnorm_key)
-        embeddings = embed_frames(model, trajectory["frames"][rows]).to("cpu", torch.float16)
+        images, actions = judge.images_of(trajectory["frames"][rows]), judge.actions_of(trajectory["actions"][rows], unnorm_key)
         labels = torch.from_numpy(result.labels[rows]).float()
-        parts.append((embeddings, tokens, labels, torch.full((len(rows),), number)))
+        parts.append((images, actions, labels, torch.full((len(rows),), number)))
     if not parts:
         raise UserError(f"no trajectory can be used: {summary}")
     return Examples(instructions, *(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -611,23 +582,19 @@ def embed_frames(model, frames, chunk=64):
 
 
 @torch.no_grad()
-def predict(model, examples, state_only=False, batch_size=256):
+def predict(judge, examples, state_only=False):
     """Scores (n,) numpy float64 of all rows; with state_only, of the state without its action."""
-    token_ids, scores = verdict_token_ids(model), []
-    for rows in torch.arange(len(examples)).split(batch_size):
-        batch = examples.select(rows)
-        input_ids, attention_mask = model.tokenize(batch.instructions)
-        tokens = None if state_only else batch.action_tokens.to(model.device)
-        embeddings = batch.patch_embeddings.to(model.device, model.dtype)
-        logits = verdict_logits(model, input_ids, attention_mask, tokens, token_ids, patch_embeddings=embeddings)
+    scores = []
+    for rows in torch.arange(len(examples)).split(judge.CHUNK):
+        logits = judge.verdicts(examples.select(rows), torch.full((len(rows),), state_only))
         scores.append((logits[:, 0] - logits[:, 1]).sigmoid().double().cpu())
     return torch.cat(scores).numpy()
 
 
-def measure(model, examples):
-    """Held-out metrics of a model: a dict of floats. `nll` weighs both classes equally, as training does."""
+def measure(judge, examples):
+    """Held-out metrics of a judge: a dict of floats. `nll` weighs both classes equally, as training does."""
     labels = examples.labels.numpy()
-    scores, state_scores = predict(model, examples), predict(model, examples, state_only=True)
+    scores, state_scores = predict(judge, examples), predict(judge, examples, state_only=True)
     right = np.clip(np.where(labels == 1, scores, 1 - scores), 1e-7, 1)
     weights = np.where(labels == 1, 0.5 / max(1, labels.sum()), 0.5 / max(1, (1 - labels).sum()))
     return {
@@ -641,17 +608,17 @@ def measure(model, examples):
     }
 
 
-def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_dropout, whole_vocabulary, seed):
-    """Fine-tune the language model of `model` in place; early stop on the held-out loss; the best weights are kept.
+def fit(judge, train, held_out, *, epochs, batch_size, lr, patience, action_dropout, whole_vocabulary, seed, micro_batch_size=None):
+    """Fine-tune `judge` in place (RewardModel: its language model; VLM: its adapter); early stop on the held-out loss; the
+    best weights are kept. micro_batch_size: rows per backward pass (memory only).
 
     Returns (metrics of the kept epoch with "epoch", list of metrics by epoch; entry 0 is before training).
     """
-    token_ids = verdict_token_ids(model)
-    answers = torch.tensor(token_ids, device=model.device)
-    vocabulary = list(range(model.text["vocab_size"])) if whole_vocabulary else token_ids
-    model.requires_grad_(False)
-    model.language_model.requires_grad_(True)
-    optimiser = torch.optim.AdamW(model.language_model.parameters(), lr=lr, weight_decay=0.01)
+    parameters = judge.trainable()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    answers = torch.tensor(judge.token_ids, device=judge.model.device)
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(train) / batch_size)
     positives = train.labels.sum()
@@ -660,42 +627,36 @@ def fit(model, train, held_out, *, epochs, batch_size, lr, patience, action_drop
     # Class balance: positives and negatives are drawn equally often, and no negative is thrown away for it.
     weights = torch.where(train.labels == 1, 0.5 / positives, 0.5 / (len(train) - positives))
 
-    history = [{"epoch": 0, **measure(model, held_out)}]
-    best, best_weights = history[0], None
+    history = [{"epoch": 0, **measure(judge, held_out)}]
+    best, best_weights = history[0], [p.detach().cpu().clone() for p in parameters]
     with progress_bar(total=epochs * steps, desc="RPRM", unit="step") as bar:
         for epoch in range(1, epochs + 1):
             for rows in torch.multinomial(weights, steps * batch_size, True, generator=generator).split(batch_size):
-                batch = train.select(rows)
-                input_ids, attention_mask = model.tokenize(batch.instructions)
-                tokens = batch.action_tokens.clone()
-                tokens[torch.rand(len(tokens), generator=generator) < action_dropout] = token_ids[1]  # state only
-                logits = verdict_logits(
-                    model,
-                    input_ids,
-                    attention_mask,
-                    tokens.to(model.device),
-                    vocabulary,
-                    patch_embeddings=batch.patch_embeddings.to(model.device, model.dtype),
-                )  # (B, 2) or (B, V)
-                wrong = (batch.labels == 0).long().to(model.device)  # column 0 is "1", column 1 is "0"
-                # Eq. 3: -log p(verdict token | action tokens, image, instruction)
-                loss = F.cross_entropy(logits, answers[wrong] if whole_vocabulary else wrong)
+                hidden = torch.rand(batch_size, generator=generator) < action_dropout  # these are shown without action
                 for group in optimiser.param_groups:  # linear decay to zero
                     group["lr"] = lr * (1 - bar.n / bar.total)
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.language_model.parameters(), 1.0)
+                total = 0.0
+                for part in torch.arange(batch_size).split(micro_batch_size or batch_size):
+                    batch = train.select(rows[part])
+                    logits = judge.verdicts(batch, hidden[part], whole_vocabulary)  # (B, 2) or (B, V)
+                    wrong = (batch.labels == 0).long().to(logits.device)  # column 0 is "1", column 1 is "0"
+                    # Eq. 3: -log p(verdict token | action tokens, image, instruction)
+                    loss = F.cross_entropy(logits, answers[wrong] if whole_vocabulary else wrong) * len(part) / batch_size
+                    loss.backward()
+                    total += loss.item()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimiser.step()
                 bar.update()
-            history.append({"epoch": epoch, "train_loss": loss.item(), **measure(model, held_out)})
+            history.append({"epoch": epoch, "train_loss": total, **measure(judge, held_out)})
             bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("auroc", "nll")})
             if history[-1]["nll"] < best["nll"]:
-                best = history[-1]
-                best_weights = {k: v.detach().cpu().clone() for k, v in model.language_model.state_dict().items()}
+                best, best_weights = history[-1], [p.detach().cpu().clone() for p in parameters]
             elif epoch - best["epoch"] >= patience:
                 break
-    if best_weights is not None:
-        model.language_model.load_state_dict(best_weights)
+    for parameter, kept in zip(parameters, best_weights, strict=True):
+        parameter.data.copy_(kept)
+        parameter.requires_grad_(False)
     return best, history
 
 
@@ -1002,13 +963,18 @@ class LabelArgs(RuleArgs):
 class TrainArgs(RuleArgs):
     suite: str = flag("libero_object", "suite whose action statistics the policy's checkpoint is read with")
     policy: str = flag("checkpoints/libero_object/policy", "SFT checkpoint to start from (directory or hub id)")
+    vlm: str | None = flag(
+        None, "instead: a VLM of transformers (hub id or directory), by LoRA; of --policy only action statistics are used"
+    )
     out: Path = flag(Path("runs/rprm"), "directory for the reward model")
     successes: Path | None = flag(None, "the same of the policy's own successes, used like demonstrations")
     failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
     epochs: int = flag(6, "most passes over the training rows", min=1)
     patience: int = flag(4, "stop after this many epochs without a better held-out loss", min=1)
     batch_size: int = flag(64, "rows per optimiser step", min=2)
-    lr: float = flag(5e-4, "peak learning rate of AdamW (7B: 1e-5)", min=0.0)
+    micro_batch_size: int | None = flag(None, "rows per backward pass (memory only)", min=1, default="all; 4 with --vlm")
+    lr: float = flag(5e-4, "peak learning rate of AdamW (7B: 1e-5; --vlm: 1e-4)", min=0.0)
+    lora_rank: int = flag(16, "rank of the adapter of --vlm", min=1, max=4096)
     action_dropout: float = flag(0.3, "share of rows shown without action, for the state-only score", min=0.0, max=1.0)
     held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
     whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, not over the two verdicts that the score compares")
@@ -1019,7 +985,7 @@ class TrainArgs(RuleArgs):
 @dataclass
 class ScoreArgs(RuleArgs):
     suite: str = flag("libero_object", "suite whose action statistics the checkpoint is read with")
-    rprm: str | None = flag(None, "reward model directory (--out of train)")
+    rprm: str | None = flag(None, "reward model directory (--out of train, with --vlm or without)")
     vlm: str | None = flag(None, "instead: a stock VLM of transformers (hub id or directory), asked zero-shot")
     plot: Path | None = flag(None, "directory for one PNG per trajectory, score included")
     json: Path | None = flag(None, "file for the scores of every step")
@@ -1060,9 +1026,8 @@ def label(trajectory, rule):
 
 
 def action_tokens_of(model, actions, unnorm_key):
-    """Actions (n, 7) of a file (gripper -1 open, +1 close; the policy's is 1 open, 0 close) -> tokens (n, 7) int64."""
-    policy_actions = np.concatenate([actions[:, :6], (1.0 - actions[:, 6:]) / 2.0], axis=1)
-    return torch.from_numpy(model.encode_actions(policy_actions, unnorm_key))
+    """Actions (n, 7) of a file -> action tokens (n, 7) int64 of an OpenVLA."""
+    return torch.from_numpy(model.encode_actions(policy_convention(actions), unnorm_key))
 
 
 def read_trajectories(path, limit=None, success=True, skip=0):
@@ -1106,8 +1071,13 @@ def split(examples, share, seed):
 
 def run_train(args):
     rule, summary = args.rule(), LabelSummary()
-    model = OpenVLA.from_pretrained(args.policy, device=args.device)
-    verdict_token_ids(model)
+    if args.vlm:
+        from vlm import VLM
+
+        statistics = OpenVLA.from_pretrained(args.policy).action_statistics(args.suite)
+        judge = VLM.from_pretrained(args.vlm, device=args.device).to_be_tuned(args.vlm, statistics, args.lora_rank)
+    else:
+        judge = RewardModel(OpenVLA.from_pretrained(args.policy, device=args.device), {})
 
     def trajectories():
         yield from read_trajectories(args.demos, args.limit, skip=args.skip)
@@ -1117,15 +1087,16 @@ def run_train(args):
             yield from read_trajectories(args.failures, args.limit, success=False)
 
     bar = progress_bar(trajectories(), desc="label and embed", unit="trajectory")
-    examples = make_examples(model, bar, rule, args.suite, summary)
+    examples = make_examples(judge, bar, rule, args.suite, summary)
     print(summary)
     held_out = split(examples, args.held_out, args.seed)
     options = {name: getattr(args, name) for name in
                ("epochs", "batch_size", "lr", "patience", "action_dropout", "whole_vocabulary", "seed")}
-    best, history = fit(model, examples.select(~held_out), examples.select(held_out), **options)
+    micro_batch_size = args.micro_batch_size or (4 if args.vlm else None)
+    best, history = fit(judge, examples.select(~held_out), examples.select(held_out), micro_batch_size=micro_batch_size, **options)
     # A keyframe is where the hand stops, so a small command alone gives the label away to some extent. What a model
     # should add to that, it has to see.
-    moves = model.decode_actions(examples.action_tokens[held_out], args.suite)[:, :3]
+    moves = judge.values_of(examples.actions[held_out], args.suite)[:, :3]
     shortcut = auroc(-np.linalg.norm(moves, axis=1), examples.labels[held_out].numpy())
     best = {**best, "auroc_small_command": shortcut}
     info = {
@@ -1133,8 +1104,7 @@ def run_train(args):
         "data": {name: str(getattr(args, name)) for name in ("demos", "successes", "failures") if getattr(args, name)},
         "train_rows": int((~held_out).sum()), "training": options, "held_out": best, "history": history,
     }
-    model.side_files["rprm.json"] = json.dumps(without_nan(info), indent=1).encode()
-    model.save_pretrained(args.out)
+    judge.save(args.out, without_nan(info))
     print(
         f"held out ({best['rows']} rows, epoch {best['epoch']}): AUROC {best['auroc']:.3f}, average precision "
         f"{best['average_precision']:.3f} (random {best['prevalence']:.3f}), ECE {best['ece']:.3f}, Brier "
@@ -1147,19 +1117,12 @@ def run_score(args):
     if (args.rprm is None) == (args.vlm is None):
         raise UserError("give one of --rprm and --vlm")
     rule, summary, records = args.rule(), LabelSummary(), []
-    if args.vlm:
-        judge = StockVLM.from_pretrained(args.vlm, device=args.device)
-    else:
-        judge = RewardModel.from_pretrained(args.rprm, device=args.device)
+    judge = load_reward_model(args.vlm or args.rprm, device=args.device)
     found = read_trajectories(args.demos, args.limit, skip=args.skip)
     for trajectory in progress_bar(found, desc="score", unit="trajectory"):
         result = label(trajectory, rule)
         summary.add(result)
-        if args.vlm:
-            scores = judge.score_frames(trajectory["frames"], trajectory["instruction"])
-        else:
-            what = (trajectory["frames"], trajectory["instruction"], trajectory["actions"])
-            scores = judge.score_frames(*what, args.suite)
+        scores = judge.score_frames(trajectory["frames"], trajectory["instruction"], trajectory["actions"], args.suite)
         labels = result.labels if result.usable else np.full_like(result.labels, IGNORED)
         records.append({"name": trajectory["name"], "labels": labels.tolist(), "scores": scores.tolist()})
         if args.plot:

@@ -94,8 +94,8 @@ class Args:
     )
     reward_model: Optional[str] = _flag(
         "auto",
-        "RPRM checkpoint directory, or a stock VLM of transformers (directory or hub id), asked zero-shot; auto: the RPRM "
-        "beside openvla-tiny's policy",
+        "RPRM checkpoint directory (tiny, or a tuned VLM), or a stock VLM of transformers (directory or hub id), asked "
+        "zero-shot; auto: the RPRM beside openvla-tiny's policy",
     )
     from_scratch: bool = _flag(False, "make openvla-tiny's policy and RPRM first (demos.py, sft.py, reward_model.py)")
     resume: Optional[str] = _flag(None, "run directory to continue; its own settings are used", default="none")
@@ -325,18 +325,20 @@ def in_one_order(parts):
     return [outcome for *_, outcome in sorted((x for part in parts for x in part), key=lambda x: x[:2])]
 
 
-def score_frames(vlm, watched, last, final_frames, mode):
-    """`score_rollout` for a stock VLM, which sees pictures and no action: (scores, next_scores), each (T, N).
+def score_frames(vlm, watched, last, final_frames, mode, levels=None):
+    """`score_rollout` for a VLM, which sees pictures and words: (scores, next_scores), each (T, N).
 
     watched: of each of the T decisions (frames (N, H, W, 3) uint8, N instructions); last: the same after the last step.
-    final_frames: {(t, n): frame} where the time limit cut an episode.
+    final_frames: {(t, n): frame} where the time limit cut an episode. levels (T, N, 7): the actions, which a tuned VLM is
+    shown in mode `sum`.
     """
     import torch
 
     seen = [*watched, last] if mode == "potential" else watched
     frames = np.concatenate([frames for frames, _ in seen])
     instructions = [text for _, texts in seen for text in texts]
-    scores = torch.from_numpy(vlm.score_rows(frames, instructions)).float().view(len(seen), -1)
+    levels = levels.flatten(0, 1) if mode == "sum" and levels is not None else None
+    scores = torch.from_numpy(vlm.score_rows(frames, instructions, levels)).float().view(len(seen), -1)
     scores, following = scores[: len(watched)], scores[1:].clone()
     if mode == "sum":
         return scores, torch.zeros_like(scores)
@@ -379,7 +381,8 @@ def main():
     from eval import evaluate
     from policy import ActorCritic, OpenVLA, explain_out_of_memory
     from ppo import NumericsError, PPOConfig, RolloutBuffer, check_finite, ppo_update
-    from reward_model import StockVLM, load_reward_model, shaping_reward
+    from reward_model import load_reward_model, shaping_reward
+    from vlm import VLM
 
     if not resumed:
         if (out / "config.json").exists() and not restarted:
@@ -436,7 +439,7 @@ def main():
     reward_model, stock, shared = None, False, False
     if args.prm_mode != "none" and args.prm_weight > 0:
         reward_model = load_reward_model(args.reward_model, dtype=dtype, device=device)
-        stock = isinstance(reward_model, StockVLM)  # judges frames, not what the policy's towers made of them
+        stock = isinstance(reward_model, VLM)  # judges frames, not what the policy's towers made of them
     if reward_model is not None and not stock:
         judge, acts = ((m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_base))
         if judge != acts:
@@ -696,7 +699,8 @@ def main():
             if reward_model is not None:
                 if stock:
                     last = obs["agentview"], obs["instruction"]
-                    scores, following = score_frames(reward_model, watched, last, final_frames, args.prm_mode)
+                    levels = policy_base.action_tokenizer.levels(buffer.action_tokens)
+                    scores, following = score_frames(reward_model, watched, last, final_frames, args.prm_mode, levels)
                 else:
                     scores, following = score_rollout(
                         reward_model, buffer, args.prm_mode, last_observation, final_images, shared

@@ -121,6 +121,17 @@ def test_soak_counts_every_decision_once(tmp_path):
 
 @pytest.mark.libero
 @pytest.mark.slow
+def test_pictures_compares_first_frames(capsys):
+    r = bench.pictures(bench.PicturesArgs(suites="libero_10", task_ids=[1], repeats=1))
+    ((row,),) = r.values()
+    assert (row["suite"], row["task_id"]) == ("libero_10", 1) and 30 <= row["psnr"] < 60  # the wicker basket, at its largest
+    assert 0 < row["ms"]["light"] < row["ms"]["exact"]
+    bench.print_pictures(r)
+    assert "libero_10" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+@pytest.mark.slow
 def test_rollout_compares_groups(capsys):
     r = bench.rollout(bench.RolloutArgs(task_ids=[0], num_envs=3, num_workers=2, groups=[1, 2, 8], steps=2, rounds=2))
     assert [x["groups"] for x in r["rows"]] == [1, 2, 8] and r["workers"] == 2 and r["rows"][0]["ratio"] == 1.0

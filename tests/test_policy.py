@@ -174,7 +174,7 @@ def test_action_tokens_ends():
 
 def test_actions_encode_and_decode(official):
     rng = np.random.default_rng(0)
-    low, high, mask = official._stats("libero_object")
+    low, high, mask = official.action_statistics("libero_object")
     actions = np.where(mask, rng.uniform(low, high, (50, 7)), rng.integers(0, 2, (50, 7)))
     decoded = official.decode_actions(official.encode_actions(actions, "libero_object"), "libero_object")
     assert (np.abs(decoded - actions) <= np.where(mask, (high - low) / 2, 1) / 255 + 1e-9).all()

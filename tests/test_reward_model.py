@@ -16,6 +16,7 @@ import reward_model as rm
 import train
 from common import UserError
 from policy import build_tiny
+from vlm import VLM
 
 FINE = 200  # Hz of the simulated hand
 STROKE = 0.08
@@ -325,12 +326,12 @@ def test_training_raises_auroc(tiny, examples, whole_vocabulary):
     model = copy_of(tiny)
     held_out = rm.split(examples, 0.25, seed=0)
     best, history = rm.fit(
-        model, examples.select(~held_out), examples.select(held_out), epochs=14, batch_size=32, lr=5e-3, patience=14,
+        rm.RewardModel(model, {}), examples.select(~held_out), examples.select(held_out), epochs=14, batch_size=32, lr=5e-3, patience=14,
         action_dropout=0.2, whole_vocabulary=whole_vocabulary, seed=0,
     )
     assert best["auroc"] > 0.9 and best["auroc"] > history[0]["auroc"] + 0.1
     assert best["nll"] == min(entry["nll"] for entry in history)  # early stop keeps the best weights ...
-    again = rm.measure(model, examples.select(held_out))
+    again = rm.measure(rm.RewardModel(model, {}), examples.select(held_out))
     assert again["nll"] == pytest.approx(best["nll"], abs=1e-5)  # ... in the model
     assert best["auroc_state_only"] > 0.6  # bright images are likelier to be positive, whatever the action
     assert rm.RewardModel(model, {}).shares_vision(tiny)  # the vision side is untouched
@@ -353,7 +354,7 @@ def test_score_of_a_batch_equals_single_scores(tiny, examples):
     texts = ["pick up the red block", "place it in the basket and pick up the green block"] * 3
     ids, mask = tiny.tokenize(texts)
     rows = examples.select(torch.arange(6))
-    embeddings, tokens = rows.patch_embeddings.float(), rows.action_tokens
+    embeddings, tokens = rows.images.float(), rows.actions
     for action_tokens in (tokens, None):
         together = reward_model.score(ids, mask, action_tokens, patch_embeddings=embeddings)
         assert together.shape == (6,) and ((0 <= together) & (together <= 1)).all() and together.std() > 1e-3
@@ -370,7 +371,7 @@ def test_score_from_pixels_equals_score_from_embeddings(tiny, examples):
     frames = np.random.default_rng(1).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
     pixels = tiny.preprocess(frames)
     ids, mask = tiny.tokenize(["pick up the red block"] * 2)
-    tokens = examples.action_tokens[:2]
+    tokens = examples.actions[:2]
     a = reward_model.score(ids, mask, tokens, pixel_values=pixels)
     b = reward_model.score(ids, mask, tokens, patch_embeddings=tiny.embed_images(pixels))
     torch.testing.assert_close(a, b)
@@ -567,7 +568,7 @@ def qwen(request, tmp_path):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     words = "<unk> 0 1 user assistant The task is to pick up the red green block , it completed ? Answer for yes or no"
-    words = words.split() + ["."]
+    words = [*words.split(), ".", *"next action is Is one of progress unknown".split(), *map(str, range(256))]
     base = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     base.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -585,7 +586,7 @@ def qwen(request, tmp_path):
         vision["fullatt_block_indexes"] = [0]
     config = getattr(transformers, f"{kind}Config")(
         text_config=dict(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         ),
@@ -600,9 +601,9 @@ def qwen(request, tmp_path):
 
 
 def test_stock_vlm_scores_frames(qwen):
-    vlm = rm.StockVLM.from_pretrained(qwen)
+    vlm = VLM.from_pretrained(qwen)
     frames = np.random.default_rng(0).integers(0, 255, (5, 128, 128, 3), dtype=np.uint8)
-    together = vlm.score_frames(frames, "pick up the red block", chunk=3)
+    together = vlm.score_frames(frames, "pick up the red block")
     assert together.shape == (5,) and ((0 <= together) & (together <= 1)).all() and together.std() > 1e-4
     alone = [vlm.score_frames(frames[i : i + 1], "pick up the red block")[0] for i in range(5)]
     np.testing.assert_allclose(together, alone, atol=1e-5)
@@ -612,13 +613,13 @@ def test_stock_vlm_scores_frames(qwen):
 
 def test_stock_vlm_that_is_none(tmp_path):
     with pytest.raises(UserError, match="no vision-language model at"):
-        rm.StockVLM.from_pretrained(tmp_path)
+        VLM.from_pretrained(tmp_path)
 
 
 def test_stock_vlm_scores_a_rollout(qwen):
     """What train.py does with it: instructions mixed, both modes, a cut episode's own last frame."""
     vlm = rm.load_reward_model(str(qwen))
-    assert isinstance(vlm, rm.StockVLM)
+    assert isinstance(vlm, VLM)
     rng = np.random.default_rng(0)
     texts = ["pick up the red block", "pick up the green block"]
     seen = [(rng.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8), texts) for _ in range(4)]
@@ -631,6 +632,75 @@ def test_stock_vlm_scores_a_rollout(qwen):
     torch.testing.assert_close(scores, want[:3].float(), rtol=0, atol=1e-5)
     want[2, 0] = vlm.score_frames(final[None], texts[0])[0]  # follows step 1 of environment 0
     torch.testing.assert_close(following, want[1:].float(), rtol=0, atol=1e-5)
+
+
+STATISTICS = tuple(np.array(STATS["toy"]["action"][key]) for key in ("q01", "q99", "mask"))
+
+
+def vlm_examples(vlm, n=200):
+    """Positive where the image is bright AND the hand goes up; instructions of two lengths."""
+    rng = np.random.default_rng(0)
+    bright, up = rng.random(n) < 0.7, rng.random(n) < 0.7
+    frames = (rng.integers(0, 60, (n, 64, 64, 3)) + 180 * bright[:, None, None, None]).astype(np.uint8)
+    actions = np.zeros((n, 7))
+    actions[:, 2] = np.where(up, 0.8, -0.8)
+    texts = [f"pick up the {'red' if i % 2 else 'green , green'} block" for i in range(n)]
+    return rm.Examples(texts, vlm.images_of(frames), vlm.actions_of(actions), torch.from_numpy(bright & up).float(), torch.arange(n) // 6)
+
+
+def test_a_vlm_learns_the_labels_by_its_adapter(qwen, tmp_path):
+    vlm = VLM.from_pretrained(qwen).to_be_tuned(qwen, STATISTICS, rank=8)
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    examples = vlm_examples(vlm)
+    held_out = rm.split(examples, 0.25, seed=0)
+    best, history = rm.fit(
+        vlm, examples.select(~held_out), examples.select(held_out), epochs=12, batch_size=32, micro_batch_size=8, lr=1e-2,
+        patience=12, action_dropout=0.2, whole_vocabulary=False, seed=0,
+    )
+    assert best["auroc"] > 0.9 and best["nll"] < 0.8 * history[0]["nll"]
+    changed = [name for name, p in vlm.model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed and all("lora_" in name for name in changed) and not any("visual" in name for name in changed)
+
+    # Rows of other lengths beside it change no row, and what was saved judges like what was trained.
+    rows, shown = examples.select(torch.arange(6)), torch.tensor([False, True] * 3)
+    with torch.no_grad():
+        together = vlm.verdicts(rows, shown)
+        for i in range(6):
+            torch.testing.assert_close(vlm.verdicts(rows.select([i]), shown[i : i + 1])[0], together[i], rtol=0, atol=2e-4)
+    vlm.save(tmp_path / "rprm", {"suite": "toy"})
+    assert (tmp_path / "rprm" / "adapter_model.safetensors").stat().st_size < 300_000
+    again = rm.load_reward_model(str(tmp_path / "rprm"))
+    assert isinstance(again, VLM) and again.info["suite"] == "toy" and again.info["vlm"] == str(qwen)
+    np.testing.assert_allclose(rm.predict(again, rows), rm.predict(vlm, rows), atol=1e-4)
+    assert not any(p.requires_grad for p in again.model.parameters())
+
+    # In the loop: `sum` shows it the actions, `potential` does not.
+    frames, texts = rows.images[:2].numpy(), rows.instructions[:2]
+    seen, levels = [(frames, texts)] * 3, rows.actions[:2].repeat(3, 1, 1)
+    shown, _ = train.score_frames(again, seen, (frames, texts), {}, "sum", levels)
+    np.testing.assert_allclose(shown[0], rm.predict(again, rows.select([0, 1])), atol=1e-4)
+    alone, _ = train.score_frames(again, seen, (frames, texts), {}, "potential", levels)
+    np.testing.assert_allclose(alone[0], rm.predict(again, rows.select([0, 1]), state_only=True), atol=1e-4)
+    assert not torch.allclose(shown, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("qwen", ["Qwen2.5-VL"], indirect=True)
+def test_a_vlm_is_tuned_from_the_command_line(tiny, qwen, tmp_path, capsys):
+    copy_of(tiny).save_pretrained(tmp_path / "sft")
+    write_demos(tmp_path / "toy_demo.hdf5", 4)
+    demos, out = ["--demos", str(tmp_path / "toy_demo.hdf5"), "--suite", "toy"], tmp_path / "rprm"
+    rm.main(["train", *demos, "--vlm", str(qwen), "--policy", str(tmp_path / "sft"), "--out", str(out), "--epochs", "1",
+             "--lr", "1e-3", "--batch-size", "16"])
+    assert "AUROC" in capsys.readouterr().out
+    rm.main(["score", *demos, "--rprm", str(out), "--json", str(tmp_path / "s.json"), "--limit", "1"])
+    (record,) = json.loads((tmp_path / "s.json").read_text())
+    assert len(record["scores"]) == len(record["labels"]) and all(0 <= s <= 1 for s in record["scores"])
+    with pytest.raises(SystemExit):
+        rm.main(["evaluate", "--rprm", str(out), "--policy", str(tmp_path / "sft")])
+    assert "is a tuned VLM" in capsys.readouterr().err
+    (out / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no vision-language model at"):
+        rm.load_reward_model(str(out))
 
 
 @pytest.mark.libero
