@@ -117,15 +117,15 @@ class PickAndPlaceExpert:
             # As deep as the palm allows (the pads end 3.3 cm below it), and no lower than the fingers clear the floor.
             self.offset[2] = max(low[2] + 0.012, high[2] - 0.027) - self.rest[2]
             self.width = high[1] - low[1]
-            # The hand is 20 cm wide and passes 10 cm above the floor: lean away from a tall neighbour, as far as the
-            # opening (8 cm) leaves room.
+            # The hand is 20 cm wide, and its palm comes down to 4 cm above the grasp point: lean away from a neighbour that
+            # is taller than that, as far as the opening (8 cm) leaves room.
             room = max(0.0, 0.5 * (0.08 - self.width) - 0.005)
             for name in sim.env.env.objects_dict:
                 if name in (self.target, self.goal):
                     continue
                 near_low, near_high = object_extent(sim, episode.data, name)
                 gap = 0.5 * (near_low + near_high) - 0.5 * (low + high)
-                if near_high[2] > low[2] + 0.1 and abs(gap[0]) < 0.08 and abs(gap[1]) < 0.15:
+                if near_high[2] > self.rest[2] + self.offset[2] + 0.04 and abs(gap[0]) < 0.08 and abs(gap[1]) < 0.15:
                     self.offset[1] -= np.sign(gap[1]) * room
             self.carry_height = goal_high[2] + (self.rest[2] + self.offset[2] - low[2]) + 0.02
             self.release_height = self.carry_height

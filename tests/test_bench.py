@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 import bench
+import bench_model
 from common import UserError
 from policy import ActorCritic, OpenVLA
 
@@ -17,23 +18,23 @@ CHECKPOINT = Path(__file__).parent / "fixtures" / "openvla_tiny"  # in the offic
 
 @pytest.fixture(scope="module")
 def official():
-    return bench._load(CHECKPOINT, "cpu", torch.float32)
+    return bench_model._load(CHECKPOINT, "cpu", torch.float32)
 
 
 def test_decode_compares_equal_tokens(official):
     """transformers' Llama and `generate` on our tensors, alone and padded on the left, choose our tokens."""
-    result = bench.decode_model(official, 3, 1, "cpu")
-    assert result["same_tokens"] == {bench.ONE: 1.0, bench.BATCHED: 1.0}
+    result = bench_model.decode_model(official, 3, 1, "cpu")
+    assert result["same_tokens"] == {bench_model.ONE: 1.0, bench_model.BATCHED: 1.0}
     assert len(result["rates"]) == 5 and all(0 < r["slowest"] <= r["fastest"] for r in result["rates"].values())
 
 
 def test_update_compares_equal_log_probs():
     """The plain actor-critic that `update` compares with: the same distribution, the same trained layers."""
     torch.manual_seed(0)
-    ours = ActorCritic(bench._load(CHECKPOINT, "cpu", torch.float32), 4, 4, targets="language", whole_vocabulary=True)
+    ours = ActorCritic(bench_model._load(CHECKPOINT, "cpu", torch.float32), 4, 4, targets="language", whole_vocabulary=True)
     model = ours.start_policy()
-    plain = bench._PlainActorCritic(model, 4, 4)
-    ids, mask, pixels = bench._observations(model, 3)
+    plain = bench_model._PlainActorCritic(model, 4, 4)
+    ids, mask, pixels = bench_model._observations(model, 3)
     tokens, log_probs, _ = ours.act(ids, mask, pixel_values=pixels, temperature=1.5)
     theirs, entropy = plain.evaluate_actions(ids, mask, tokens, pixel_values=pixels, temperature=1.5)
     torch.testing.assert_close(theirs, log_probs, rtol=0, atol=1e-4)
@@ -41,18 +42,18 @@ def test_update_compares_equal_log_probs():
     torch.testing.assert_close(entropy, want, rtol=0, atol=1e-4)
     mine, other = (sorted(p.shape for p in a.policy_parameters()) for a in (ours, plain))
     assert mine == other
-    buffer = bench._rollout_buffer(ours, model, 4, "patch_embeddings")
+    buffer = bench_model._rollout_buffer(ours, model, 4, "patch_embeddings")
     for actor_critic, kind in ((plain, "pixel_values"), (ours, "patch_embeddings"), (ours, "pixel_values")):
-        buffer = bench._rollout_buffer(ours, model, 4, kind)
+        buffer = bench_model._rollout_buffer(ours, model, 4, kind)
         before = [p.clone() for p in actor_critic.policy_parameters()]
-        metrics = bench._updater(actor_critic, buffer, 2)()
+        metrics = bench_model._updater(actor_critic, buffer, 2)()
         assert metrics["losses/policy_steps"] == 1 and metrics["losses/first_ratio_error"] < 1.0
         assert any(not torch.equal(a, b) for a, b in zip(before, actor_critic.policy_parameters(), strict=True))
 
 
 def test_random_checkpoint_has_the_official_tensors(official, tmp_path):
     """Names and shapes of the reference checkpoint, the unused tensors included."""
-    bench.random_checkpoint(tmp_path / "m", official.config, torch.float32, "cpu")
+    bench_model.random_checkpoint(tmp_path / "m", official.config, torch.float32, "cpu")
     shapes = []
     for folder in (CHECKPOINT, tmp_path / "m"):
         with safe_open(folder / "model.safetensors", "pt") as file:
@@ -62,24 +63,24 @@ def test_random_checkpoint_has_the_official_tensors(official, tmp_path):
 
 def test_random_config_is_7b():
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in OpenVLA(bench.random_config(size)).parameters()) for size in ("7B", "small")]
+        sizes = [sum(p.numel() for p in OpenVLA(bench_model.random_config(size)).parameters()) for size in ("7B", "small")]
     assert 7.49e9 < sizes[0] < 7.51e9 and sizes[1] < 15e6
 
 
 @pytest.mark.slow
 def test_gpu_command_on_a_cpu(tmp_path):
-    args = bench.GpuArgs(size="small", device="cpu", num_envs=2, samples=2, micro_batch_size=1, rounds=1,
+    args = bench_model.GpuArgs(size="small", device="cpu", num_envs=2, samples=2, micro_batch_size=1, rounds=1,
                          directory=tmp_path / "weights", out=tmp_path / "out.json")
-    report = bench.gpu(args)
+    report = bench_model.gpu(args)
     assert json.loads(args.out.read_text()) == report and not args.directory.exists()
     assert len(report["stages"]) == 10
     updates = [stage["samples_per_s"] for name, stage in report["stages"].items() if name.startswith("update")]
     assert len(updates) == 4 and min(updates) > 0
     with pytest.raises(UserError, match="--size small"):
-        bench.gpu(bench.GpuArgs(device="cpu"))
+        bench_model.gpu(bench_model.GpuArgs(device="cpu"))
     args.directory.mkdir()
     with pytest.raises(UserError, match="exists already"):
-        bench.gpu(args)
+        bench_model.gpu(args)
     assert args.directory.exists()  # what was there before is not removed
 
 
