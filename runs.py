@@ -145,7 +145,8 @@ def terminal_line(m, iterations, seconds_left):
         if "losses/policy_loss" not in m
         else f"kl {m['losses/approx_kl']:.3f} clip {100 * m['losses/clipfrac']:2.0f} % ent {m['losses/entropy']:.1f}"
     )
-    evaluated = f"  eval {100 * m['eval/success_rate']:.0f} %" if "eval/success_rate" in m else ""
+    what = "start policy" if m.get("eval/at") == 0 else "eval"
+    evaluated = f"  {what} {100 * m['eval/success_rate']:.0f} %" if "eval/success_rate" in m else ""
     return (
         f"it {m['iteration']:4d}/{iterations}  {m['charts/decisions']:>9,} decisions  success {success} of {m['charts/episodes']:3d}  "
         f"ev {m['losses/explained_variance']:5.2f}  {phase}  rollout {m['time/rollout']:.1f} s (inference {m['time/inference']:.1f}) "

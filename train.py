@@ -513,6 +513,10 @@ def main():
             in_step=shard,
         )
 
+    def start_policy():
+        """Context: the policy before any training."""
+        return actor_critic.without_adapters() if shard else contextlib.nullcontext(actor_critic.start_policy())
+
     # ---- state of the run --------------------------------------------------------------------------------------------
     image_kind = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
     S, d = policy_base.image_size, policy_base.text["hidden_size"]
@@ -595,21 +599,11 @@ def main():
         save(0)
         if world.first:
             atomic_write(out / "config.json", config)  # last: a directory that has it can be resumed
-    pace = []
+    pace, evaluation_time = [], 0.0
     stop.begin()
 
     # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
     try:
-        if args.eval_every and first == 1:  # measured before anything is learnt
-            result = measure(actor_critic.evaluation_model(), args.eval_episodes)
-            say(f"start policy: {100 * result.success_rate:.1f} % of {len(result.episodes)} test episodes")
-            best, best_rate = 0, result.success_rate
-            start_measured = {
-                "eval/at": 0,
-                "eval/successes": sum(e["success"] for e in result.episodes),
-                "eval/episodes": len(result.episodes),
-                "eval/success_rate": result.success_rate,
-            }
         for iteration in range(first, iterations + 1):
             began = time.time()
             times = dict(inference=0.0, physics=0.0, render=0.0, wait=0.0)
@@ -769,21 +763,26 @@ def main():
                     fps=20 / policy_base.action_repeat,
                     first=played,
                 )
-            if iteration == 1 and args.eval_every:
-                m.update(start_measured)
-            elif args.eval_every and iteration % args.eval_every == 0 and iteration < iterations:
-                result = measure(actor_critic.evaluation_model(), args.eval_episodes)
+            pace.append(time.time() - began)
+            if args.eval_every and (iteration == 1 or iteration % args.eval_every == 0 and iteration < iterations):
+                # The start policy's turn is after the first iteration, so that the first update comes soon.
+                with start_policy() if iteration == 1 else contextlib.nullcontext(actor_critic.evaluation_model()) as model:
+                    result = measure(model, args.eval_episodes)
                 k, n = sum(e["success"] for e in result.episodes), len(result.episodes)
                 m.update({"eval/success_rate": k / n, "eval/successes": k, "eval/episodes": n})
+                if iteration == 1:
+                    m["eval/at"] = 0
                 if k / n > best_rate:
-                    best, best_rate = iteration, k / n
-            pace.append(time.time() - began)
+                    best, best_rate = 0 if iteration == 1 else iteration, k / n
+                evaluation_time = time.time() - began - pace[-1]
             if world.first:
                 metrics_log.write(m)
             save(iteration)
             if world.first and ("eval/episodes" in m or iteration % 10 == 0):
                 runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
-            say(runs.terminal_line(m, iterations, float(np.mean(pace[-20:])) * (iterations - iteration)))
+            evaluations = sum(i % args.eval_every == 0 for i in range(iteration + 1, iterations)) if args.eval_every else 0
+            seconds = float(np.mean(pace[-20:])) * (iterations - iteration) + evaluation_time * evaluations
+            say(runs.terminal_line(m, iterations, seconds))
             stop.check()
 
         # ---- before and after ------------------------------------------------------------------------------------------
@@ -793,12 +792,9 @@ def main():
         rows = {}
         if args.final_episodes:
             say(f"evaluating the start policy and the trained one, {args.final_episodes} test episodes each")
-            if shard:
-                start, trained = actor_critic.without_adapters(), actor_critic.evaluation_model()
-            else:
-                start = contextlib.nullcontext(actor_critic.start_policy())
-            with start as start_policy:
-                rows["start"] = measure(start_policy, args.final_episodes, out / "videos/start").to_dict()
+            trained = actor_critic.evaluation_model() if shard else trained
+            with start_policy() as start:
+                rows["start"] = measure(start, args.final_episodes, out / "videos/start").to_dict()
             rows["trained"] = measure(trained, args.final_episodes, out / "videos/trained").to_dict()
         if rows and world.first:
             runs.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")

@@ -114,6 +114,18 @@ def uninterrupted(models, tmp_path_factory):
 
 
 @pytest.mark.libero
+def test_the_start_policy_is_measured_and_then_every_so_often(models, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    stdout, _ = _finish(_command(models, out, "--eval-every", "2", "--eval-episodes", "1", "--critic-warmup", "0"))
+    metrics = _metrics(out)
+    assert [m.get("eval/episodes") for m in metrics] == [1, 1, None, None]
+    assert [m.get("eval/at") for m in metrics] == [0, None, None, None]
+    lines = [line for line in stdout.splitlines() if line.startswith("it ")]
+    assert "start policy 0 %" in lines[0] and "eval 0 %" in lines[1] and "eval" not in lines[2]
+    assert (out / "checkpoints" / "000000").is_dir()  # nothing was better
+
+
+@pytest.mark.libero
 def test_environments_in_groups_learn_what_they_learn_all_at_once(models, uninterrupted, tmp_path):
     """Taking turns changes the sizes of batches, hence rounding, and nothing else."""
     _finish(_command(models, tmp_path / "once", "--groups", "1"))
