@@ -1075,7 +1075,8 @@ def run_train(args):
         from vlm import VLM
 
         statistics = OpenVLA.from_pretrained(args.policy).action_statistics(args.suite)
-        judge = VLM.from_pretrained(args.vlm, device=args.device).to_be_tuned(args.vlm, statistics, args.lora_rank)
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32  # of the frozen weights; adapters are float32
+        judge = VLM.from_pretrained(args.vlm, dtype, args.device).to_be_tuned(args.vlm, statistics, args.lora_rank)
     else:
         judge = RewardModel(OpenVLA.from_pretrained(args.policy, device=args.device), {})
 

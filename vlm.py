@@ -94,7 +94,7 @@ class VLM:
 
     def _logits(self, frames, questions):
         """(B, V) float32 logits of the answer's first token."""
-        inputs = self._inputs(list(frames), questions).to(self.model.device)
+        inputs = self._inputs(list(frames), questions).to(self.model.device, self.model.dtype)  # casts what is a float
         return self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
 
     # ---- judging -----------------------------------------------------------------------------------------------------
