@@ -108,9 +108,11 @@ class PickAndPlaceExpert:
         self.rest = episode.privileged()["objects"][self.target][0]
         self.offset = 0.5 * (low + high) - self.rest  # from the body's origin to the middle of its box
         if suite.startswith("libero_spatial"):
-            # A bowl is wider than the gripper: take it by the rim, on the side of +y.
-            self.offset = np.array([0.0, 0.5 * (high[1] - low[1]) - 0.008, high[2] - 0.02 - self.rest[2]])
-            self.width = 0.02
+            # A bowl is wider than the gripper: take it by the rim, on the side of +y. In a drawer the outer finger has no room
+            # beyond its front: both go inside it, and the outer one pulls the rim in.
+            inward = 0.034 if "drawer" in sim.instruction else 0.008
+            self.offset = np.array([0.0, 0.5 * (high[1] - low[1]) - inward, high[2] - 0.02 - self.rest[2]])
+            self.width = 0.006  # of the rim
             self.carry_height = max(goal_high[2] + 0.1, self.rest[2] + 0.12)
             self.release_height = goal_high[2] + 0.05
         else:
@@ -141,24 +143,24 @@ class PickAndPlaceExpert:
         started = gap < 0.072  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
         between = horizontal < (0.03 if started else 0.014) and abs(error[2]) < (0.035 if started else 0.012)
         gripping = between and gap < self.width + 0.005
-        raised = obj[2] - self.rest[2]
+        moved = np.linalg.norm(obj - self.rest)  # a bowl from the cabinet's top ends lower than it began
         to_goal = goal[:2] - obj[:2]
         distance = np.linalg.norm(to_goal)
 
         command = np.zeros(7)
-        if between and raised > 0.02 and distance < 0.03 and (eef[2] < self.release_height + 0.03):
+        if between and moved > 0.02 and distance < 0.03 and (eef[2] < self.release_height + 0.03):
             command[6] = 1.0  # over the goal: let go
         elif gripping:
             # Carry on a slant: rise and travel together, but stay a wall's width short of the goal until high enough.
             lifted = np.clip(
                 (eef[2] - (self.rest + self.offset)[2]) / (self.carry_height - (self.rest + self.offset)[2]), 0, 1
             )
-            stop = 0.16 if lifted < 0.75 else 0.0
+            stop = 0.16 if lifted < 0.75 and distance > 0.1 else 0.0
             step = np.clip(distance - stop, 0.0, METRES_PER_DECISION / 0.8)
             command[:2] = 0.8 * to_goal / (distance + 1e-9) * step / METRES_PER_DECISION
-            height = self.release_height if distance < 0.03 else self.carry_height
+            height = self.release_height + np.clip((distance - 0.03) / 0.04, 0, 1) * (self.carry_height - self.release_height)
             command[2] = np.clip(0.8 * (height - eef[2]) / METRES_PER_DECISION, -1.0, 1.0)
-            if raised < 0.008:
+            if moved < 0.008:
                 command[:3] *= 0.5  # the first centimetre slowly, while the fingers still tighten
         elif between:
             command[:3] = np.clip(0.3 * error / METRES_PER_DECISION, -0.2, 0.2)  # close, holding still
