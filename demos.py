@@ -112,7 +112,7 @@ class PickAndPlaceExpert:
             # beyond its front: both go inside it, and the outer one pulls the rim in.
             inward = 0.034 if "drawer" in sim.instruction else 0.008
             self.offset = np.array([0.0, 0.5 * (high[1] - low[1]) - inward, high[2] - 0.02 - self.rest[2]])
-            self.width = 0.006  # of the rim
+            self.width = 0.014  # what the closed fingers leave of it at the thickest
             self.carry_height = max(goal_high[2] + 0.1, self.rest[2] + 0.12)
             self.release_height = goal_high[2] + 0.05
         else:
