@@ -434,7 +434,7 @@ def test_nothing_that_was_downloaded_is_executed():
                 seen += 1
                 assert "own" in [ast.unparse(k.value) for k in call.keywords if k.arg is None], where
     assert seen >= 6
-    assert "own = dict(trust_remote_code=False)" in (ROOT / "reward_model.py").read_text()
+    assert "own = dict(trust_remote_code=False)" in (ROOT / "vlm.py").read_text()
 
 
 def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path, capsys):
