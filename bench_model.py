@@ -9,6 +9,7 @@ same: equal tokens, equal log-probs.
 """
 
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -51,6 +52,7 @@ class DecodeArgs:
     device: str = field(default="auto", metadata=_DEVICE)
     batch: int = field(default=10, metadata={"help": "observations, each with its own prompt", "min": 1})
     rounds: int = field(default=10, metadata={"help": "turns of each variant; medians are reported", "min": 1})
+    compile: bool = field(default=False, metadata={"help": "also with --compile-decoding of train.py and eval.py"})
     out: Path = field(default=Path("runs/bench-decode.json"), metadata={"help": "where the numbers go"})
 
 
@@ -174,10 +176,11 @@ def _ratio(seconds, slow, fast):
 
 
 ONE, BATCHED, HERE = "transformers, one at a time", "transformers, batched", "here, batched"
+COMPILED = "here, batched, compiled"
 
 
-def decode_model(model, batch, rounds, device):
-    """Actions per second of one model in four ways, vision included, preprocessing not.
+def decode_model(model, batch, rounds, device, with_compiled=False):
+    """Actions per second of one model in five ways, or six, vision included, preprocessing not.
 
     `transformers, one at a time` is how the official code acts: for each observation the towers, then `generate` over
     the whole vocabulary with a cache. (The official version also computes the logits of all 256 patches; the one
@@ -206,11 +209,17 @@ def decode_model(model, batch, rounds, device):
         "here, batched, whole vocabulary": lambda: act(ids, mask, pixels, whole_vocabulary=True),
         HERE: lambda: act(ids, mask, pixels),
     }
+    if with_compiled:
+        compiled = copy.copy(model)  # the same tensors; the original stays as it is
+        compiled.compile_decoding()
+        greedy[COMPILED] = compiled.generate_actions(ids, pixels, mask, whole_vocabulary=True).tokens
+        variants[COMPILED] = lambda: compiled.generate_actions(ids, pixels, mask, temperature=1.0, generator=generator)
     with torch.no_grad():
         seconds = _take_turns(variants, rounds, device)
     return dict(
         batch=batch, rates=_rates(seconds, batch),
         ratio_to_one=_ratio(seconds, ONE, HERE), ratio_to_batched=_ratio(seconds, BATCHED, HERE),
+        ratio_compiled=_ratio(seconds, HERE, COMPILED) if with_compiled else None,  # to the same, not compiled
         # Greedy, whole vocabulary: share of tokens that agree (1.0 in float32; bfloat16 rounds apart).
         same_tokens={name: float((tokens == theirs).float().mean()) for name, theirs in greedy.items()},
     )
@@ -220,7 +229,7 @@ def decode(args):
     """Returns the numbers of `python bench.py decode` as a dict."""
     device, dtype, name = _device(args.device)
     model = _load(args.model, device, dtype)
-    return dict(model=args.model, device=name, dtype=str(dtype), **decode_model(model, args.batch, args.rounds, device))
+    return dict(model=args.model, device=name, dtype=str(dtype), **decode_model(model, args.batch, args.rounds, device, args.compile))
 
 
 def print_decode(r):
@@ -228,6 +237,8 @@ def print_decode(r):
     print(f"{'':34s}{'actions/s':>10s}{'lowest':>9s}{'highest':>9s}")
     for name, rate in r["rates"].items():
         print(f"{name:34s}{rate['per_s']:10.1f}{rate['slowest']:9.1f}{rate['fastest']:9.1f}")
+    if r["ratio_compiled"]:
+        print(f"compiled = {r['ratio_compiled']:.2f} x not compiled")
     print(f"here, batched = {r['ratio_to_one']:.2f} x one at a time, {r['ratio_to_batched']:.2f} x transformers' batch "
           "(medians over rounds)\nsame greedy tokens as " + ", ".join(
               f"{name}: {100 * share:.0f} %" for name, share in r["same_tokens"].items()))
@@ -539,6 +550,15 @@ def gpu(args):
             entry |= decode_model(merged, N, args.rounds, device)
             entry["note"] = (f"{entry['rates'][HERE]['per_s']:.1f} actions/s, {entry['ratio_to_one']:.2f} x one at a "
                              f"time, {entry['ratio_to_batched']:.2f} x transformers' batch")
+        with _stage(report, "decode, compiled", args, device) as entry, torch.no_grad():
+            try:
+                compiled = copy.copy(merged)
+                compiled.compile_decoding()
+                entry["ms"] = _median_ms(lambda: compiled.generate_actions(ids, pixels, mask, temperature=1.5), args.rounds, device)
+                entry["note"] = f"{entry['ms']:.0f} ms"
+            except UserError as exc:
+                entry["note"] = str(exc)
+            compiled = None
         for targets, checkpointing in (("all", True), ("language", True), ("language", False), ("all", False)):
             model = actor_critic.start_policy()
             del actor_critic, merged

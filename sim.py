@@ -12,8 +12,8 @@ the rest:
   compiled function. qpos and qvel are those of the stock environment, bit for bit, in every suite
   (`tests/test_sim.py`); see "Equal to the last bit" below for what that takes.
 * `light` rendering draws simplified copies of the meshes (quadric decimation; texture coordinates and normals come from
-  the original surface), and smooths edges by a picture 1.375 times as large instead of four samples per pixel. Only the
-  renderer's copy is simplified: physics never sees it.
+  the original surface), smooths edges by a picture 1.375 times as large instead of four samples per pixel, and draws
+  what stands still once instead of every time. Only the renderer's copy is simplified: physics never sees it.
 
 Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models/grippers/panda_gripper.py`; LIBERO
 `envs/bddl_base_domain.py`; measured facts in README ("Environments").
@@ -22,6 +22,7 @@ Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import hashlib
 import mmap
 import os
@@ -180,6 +181,11 @@ MIN_FACES = 60
 # Software OpenGL spends half of a picture on LIBERO's 4 samples per pixel. A plain picture of 352 px, averaged down to 256,
 # costs little more than a plain one of 256 and is 1 to 3 dB closer to `exact`.
 SUPERSAMPLING = 1.375
+# What stands still is drawn once and kept, with its depths; each picture draws the rest and takes, pixel by pixel, what is
+# nearer. To stand still is to stay in one cell of a grid of 2^-13 (0.12 mm, 0.007 degrees) for two pictures, and in light
+# pictures everything is drawn where its cell is: so a picture follows from the state alone, whichever part was kept.
+POSE_GRID = 2.0**-13
+STILL_PICTURES = 2
 DECIMATION_AGGRESSIVENESS = 2  # fast_simplification's `agg`: lower is slower and closer to the original
 
 
@@ -472,6 +478,28 @@ def default_render():
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@numba.njit(cache=True)
+def _take_nearer(pixels, depth, other_pixels, other_depth):
+    """Overwrite `pixels` (H, W, 3) with `other_pixels` where that picture's depth (0 far ... 1 near) is not smaller."""
+    for y in range(len(depth)):
+        for x in range(depth.shape[1]):
+            if other_depth[y, x] >= depth[y, x]:
+                for c in range(3):
+                    pixels[y, x, c] = other_pixels[y, x, c]
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What stands still in an episode's pictures, and the picture of that (see POSE_GRID). Only saves time: no state."""
+
+    cells: np.ndarray = None  # (G, 12) of all visual geoms in the last picture
+    still: np.ndarray = None  # (G,) for how many pictures they have not changed
+    resting: np.ndarray = None  # (G,) bool, what `pixels` (H, W, 3) shows, and in which cells
+    resting_cells: np.ndarray = None
+    pixels: np.ndarray = None
+    depth: np.ndarray = None
+
+
 class TaskSim:
     """One LIBERO task, compiled: model, goal predicates, render context. Costs 2 to 5 s and about 0.1 GB.
 
@@ -580,17 +608,28 @@ class TaskSim:
         self._options.geomgroup[1] = 1
         self._perturb = mujoco.MjvPerturb()
         self._viewport = mujoco.MjrRect(0, 0, size, size)
-        self._pixels = np.empty((size, size, 3), np.uint8)
+        self._pixels, self._depth = np.empty((size, size, 3), np.uint8), np.empty((size, size), np.float32)
+        self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # as OpenGL has it: far 0, near 1
 
         # A sky that walls hide costs a tenth of a picture. The camera and the walls do not move, so one look is enough.
         _GL.make_current()
         skybox = mujoco.mjtRndFlag.mjRND_SKYBOX
-        with_sky = self.draw(data)
+        with_sky = self._draw(data).copy()
         self._scene.flags[skybox] = 0
-        self._scene.flags[skybox] = int((self.draw(data) != with_sky).any())
+        self._sky = int((self._draw(data) != with_sky).any())
 
-    def draw(self, data):
-        """The agentview picture of `data`, (resolution, resolution, 3) uint8, upright. The GL context must be current."""
+        m = self.model
+        self._visual = np.flatnonzero(m.geom_group == 1)
+        arm = m.body_rootid == m.body_rootid[m.site_bodyid[self.site]]
+        self._movers = (arm & (m.body_weldid != 0))[m.geom_bodyid[self._visual]]  # what will not stand still
+        material = m.geom_matid[self._visual]
+        opacity = np.where(material >= 0, m.mat_rgba[material, 3], m.geom_rgba[self._visual, 3])
+        self._glass = opacity < 1.0
+
+    def _draw(self, data, sky=None, depth=None):
+        """Render `data` into `_pixels`, and its depths into `depth`: rows bottom-up. The GL context must be current."""
+        if sky is not None:
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = sky
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self._options, self._perturb, self._camera, everything, self._scene)
@@ -599,12 +638,44 @@ class TaskSim:
         while self._scene.ngeom and self._scene.geoms[self._scene.ngeom - 1].rgba[3] <= 0.0:
             self._scene.ngeom -= 1
         mujoco.mjr_render(self._viewport, self._scene, self._context)
-        mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
-        pixels = self._pixels
-        if len(pixels) != self.resolution:
-            pixels = cv2.resize(pixels, (self.resolution, self.resolution), interpolation=cv2.INTER_AREA)
+        mujoco.mjr_readPixels(self._pixels, depth, self._viewport, self._context)
+        return self._pixels
+
+    def draw(self, data, kept):
+        """The agentview picture of `data`, (resolution, resolution, 3) uint8, upright. The GL context must be current.
+
+        kept: the episode's `_Kept`, what its last picture leaves for this one. A mirror (the plate of LIBERO's stove) shows
+        what is drawn in one go with it: in light pictures, what stands still.
+        """
+        if self.render_mode == "exact":
+            return self._draw(data, self._sky)[::-1, ::-1].copy()
+        position, rotation = data.geom_xpos[self._visual], data.geom_xmat[self._visual]
+        cells = np.rint(np.hstack((position, rotation)) / POSE_GRID)
+        if kept.cells is None:
+            kept.still = np.where(self._movers, 0, STILL_PICTURES)
+        else:
+            kept.still = np.where((cells == kept.cells).all(1), kept.still + 1, 0)
+        kept.cells = cells
+        resting = kept.still >= STILL_PICTURES
+        if not resting[self._glass].all():
+            resting[:] = True  # glass needs what is behind it: everything in one go
+        model, options, group = self.model, self._options, self.model.geom_group
+        data.geom_xpos[self._visual], data.geom_xmat[self._visual] = POSE_GRID * cells[:, :3], POSE_GRID * cells[:, 3:]
+        if not (np.array_equal(resting, kept.resting) and np.array_equal(cells[resting], kept.resting_cells)):
+            kept.resting, kept.resting_cells = resting, cells[resting]
+            group[self._visual] = np.where(resting, 1, 5)  # MuJoCo does not draw group 5
+            options.sitegroup[:], sites = 0, options.sitegroup.copy()  # a stove's flame comes and goes
+            kept.depth = np.empty_like(self._depth)
+            kept.pixels = self._draw(data, self._sky, kept.depth).copy()
+            options.sitegroup[:] = sites
+        group[self._visual] = np.where(resting, 5, 1)
+        self._draw(data, 0, self._depth)
+        group[self._visual] = 1
+        data.geom_xpos[self._visual], data.geom_xmat[self._visual] = position, rotation
+        _take_nearer(self._pixels, self._depth, kept.pixels, kept.depth)
+        small = cv2.resize(self._pixels, (self.resolution, self.resolution), interpolation=cv2.INTER_AREA)
         # OpenGL's rows run bottom-up; LIBERO keeps that ("upside down"), and OpenVLA rotates by 180 degrees.
-        return pixels[::-1, ::-1].copy()
+        return small[::-1, ::-1].copy()
 
     def episode(self):
         """A new `Episode` of this task. Call its `reset` first."""
@@ -629,6 +700,7 @@ class Episode:
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper = np.zeros(2)  # normalised finger targets, ramped by GRIPPER_SPEED per substep
         self.first = True  # the next substep is the episode's first
+        self._kept = _Kept()
         d = self.data  # as `_osc_control` takes them; MuJoCo never moves these arrays
         site = (d.site_xpos[sim.site], d.site_xmat[sim.site].reshape(3, 3))
         self._measurement = (sim._jacp, sim._jacr, sim._mass, d.qpos, d.qvel, *site)
@@ -650,7 +722,7 @@ class Episode:
         sim, m, d = self.sim, self.sim.model, self.data
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper[:] = 0.0
-        self.first = True
+        self.first, self._kept = True, _Kept()
         if init_state is None:
             if rng is None:
                 raise ValueError("a random placement needs an rng")
@@ -712,7 +784,7 @@ class Episode:
         if sim.env.env.tracking_object_states_change:
             sim.env.env._post_process()  # e.g. a stove's flame, which is a site that switches on and off
         _GL.make_current()  # somebody else's context may be current, e.g. a stock environment in the same process
-        return sim.draw(self.data)
+        return sim.draw(self.data, self._kept)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -169,6 +169,9 @@ class Args:
     gradient_checkpointing: bool = _flag(
         False, "recompute activations in the backward pass: less memory, a third slower"
     )
+    compile_decoding: bool = _flag(
+        False, "compile what the action tokens after the first take; the first iteration waits for it (needs a C++ compiler)"
+    )
     # Curriculum and reward
     curriculum: str = _flag(
         "eq4",
@@ -452,6 +455,8 @@ def main():
             )
     if shard:  # now that its vision weights were compared
         actor_critic.shard(device)
+    if args.compile_decoding:
+        actor_critic.compile_decoding()
     world.copy_from_first_([*actor_critic.policy_parameters(), *actor_critic.critic_parameters()])
     policy_optimizer = torch.optim.AdamW(actor_critic.policy_parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(

@@ -1,5 +1,6 @@
 """The policy against the official code's outputs (tests/fixtures), against itself in batches, on broken files."""
 
+import copy
 import json
 import math
 import shutil
@@ -209,6 +210,42 @@ def test_batch_equals_single(official, prompts, whole, temperature):
         torch.testing.assert_close(single.logprobs[0], together.logprobs[i], rtol=0, atol=1e-5)
         for alone_, batched in zip(evaluate(single.tokens, *row), evaluated, strict=True):  # log-probs, entropy
             torch.testing.assert_close(alone_[0], batched[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_decoding(official, prompts):
+    """The same tokens and log-probs, in batches of several shapes, before and after the weights changed in place; and
+    compiled once for all batches (once more for a single row), not once for each shape."""
+    plain, (ids, pixels, mask) = copy.deepcopy(official), prompts[1]
+    compiled = copy.copy(plain)  # the same tensors
+    compiled.compile_decoding()
+    assert plain._compiled_step is None
+    torch._dynamo.utils.counters.clear()
+    for change in (False, True):
+        if change:
+            with torch.no_grad():
+                for parameter in plain.language_model.parameters():
+                    parameter.mul_(1.1)
+        for rows in (slice(0, 3), slice(1, 3), slice(0, 1), slice(0, 3)):
+            cut = mask[rows].sum(1).max()
+            inputs = ids[rows, :cut], pixels[rows], mask[rows, :cut]
+            for temperature in (0.0, 1.5):
+                theirs, ours = (model.generate_actions(
+                    *inputs, temperature=temperature, generator=torch.Generator().manual_seed(3)) for model in (plain, compiled))
+                assert torch.equal(theirs.tokens, ours.tokens)
+                torch.testing.assert_close(theirs.logprobs, ours.logprobs, rtol=0, atol=1e-5)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiling_needs_a_compiler(official, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"does not work here \(no C\+\+ compiler\); leave out --compile-decoding"):
+        copy.copy(official).compile_decoding()
+    with pytest.raises(UserError, match="--critic shared"):
+        ActorCritic(tiny(), lora_rank=2, critic="shared").compile_decoding()
 
 
 @pytest.mark.parametrize("whole", [False, True])
