@@ -656,12 +656,11 @@ class OpenVLA(nn.Module):
         The prompt runs once; each further token is one position through a key-value cache of fixed size. Row i's new
         token takes slot last_i + 1 + k, over the padding, and sees the slots up to its own.
         """
-        batch, text = len(input_ids), self.text
-        head_dim = text["hidden_size"] // text["num_attention_heads"]
+        batch = len(input_ids)
         patches = self.num_patches if patch_embeddings is None else patch_embeddings.shape[1]
-        slots = patches + input_ids.shape[1] + ACTION_DIM - 1
-        cache = self._cache((text["num_hidden_layers"], 2, batch, text["num_attention_heads"], slots, head_dim))
-        state, last = self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=1, cache=cache)
+        cache = self._cache(batch, patches + input_ids.shape[1] + ACTION_DIM - 1)
+        spare = (0, cache.shape[2] - batch)  # rows that nobody asked for: none unless compiled
+        state, last = self._states(input_ids, attention_mask, pixel_values, patch_embeddings, count=1, cache=cache[:, :, :batch])
         uniforms = _uniforms(batch, generator).to(self.device) if temperature > 0 else None
         next_state = self._compiled_step or self._next_state
         first = 0 if whole_vocabulary else self.action_tokenizer.first
@@ -672,7 +671,8 @@ class OpenVLA(nn.Module):
             log_probs.append(log_p.gather(-1, choice[:, None])[:, 0])
             tokens.append(choice + first)
             if k + 1 < ACTION_DIM:
-                state = next_state(tokens[-1], last + 1 + k, cache, *self._rope(self.device))
+                token, slot = F.pad(tokens[-1], spare), F.pad(last + 1 + k, spare)
+                state = next_state(token, slot, cache, *self._rope(self.device))[:batch]
         return Actions(torch.stack(tokens, 1), torch.stack(log_probs, 1))
 
     def _next_state(self, tokens, slot, cache, table_cos, table_sin):
@@ -684,21 +684,34 @@ class OpenVLA(nn.Module):
             x = layer(x, cos, sin, cache[i], slot, mask)
         return self.language_model.model.norm(x)
 
-    def _cache(self, shape):
-        """Zeros for keys and values. Compiled decoding writes to the same memory every time: a CUDA graph knows addresses."""
-        if self._compiled_step is None:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if self._kept_cache is None or self._kept_cache.shape != shape:
-            self._kept_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            torch._dynamo.mark_static_address(self._kept_cache)
-        return self._kept_cache.zero_()
+    def _cache(self, batch, slots):
+        """Zeros for keys and values: (layers, 2, batch, heads, slots, head_dim).
+
+        Compiled code and CUDA graphs are made for one shape and one address. So compiled decoding keeps the largest cache
+        that was needed, and smaller batches (an evaluation's last episodes) use a part of it.
+        """
+        text, kept = self.text, self._kept_cache
+        if self._compiled_step is not None:
+            slots = -(-slots // 64) * 64  # prompts differ by a few tokens
+            if kept is not None and kept.shape[2] >= batch and kept.shape[4] >= slots:
+                return kept.zero_()
+            if kept is not None:
+                batch, slots = max(batch, kept.shape[2]), max(slots, kept.shape[4])
+        heads = text["num_attention_heads"]
+        shape = (text["num_hidden_layers"], 2, batch, heads, slots, text["hidden_size"] // heads)
+        self._kept_cache = None  # its memory first
+        cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self._compiled_step is not None:
+            torch._dynamo.mark_static_address(cache)
+            self._kept_cache = cache
+        return cache
 
     def compile_decoding(self):
         """Let torch.compile fuse the pass that each of the action tokens 2 to 7 takes; on a GPU also record it as a CUDA
         graph. One position per row is so little arithmetic that launching it, kernel by kernel, takes as long.
 
         Same distribution up to rounding. The first decision takes longer by a compilation (tens of seconds), as does the
-        first of a single row. Weights may change in place afterwards (`merge_policy(into=...)`), but not move.
+        first of a larger batch. Weights may change in place afterwards (`merge_policy(into=...)`), but not move.
         Raises UserError where torch.compile does not work, for example without a C++ compiler.
         """
         try:
@@ -708,7 +721,7 @@ class OpenVLA(nn.Module):
             raise UserError(f"torch.compile does not work here ({reason[0]}); leave out --compile-decoding, or install "
                             "what it needs (a C++ compiler, on Debian: apt-get install g++)") from error
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        self._compiled_step = torch.compile(self._next_state, mode=mode, dynamic=True, fullgraph=True)
+        self._compiled_step = torch.compile(self._next_state, mode=mode, dynamic=False, fullgraph=True)
 
     def action_statistics(self, unnorm_key):
         """(q01, q99, mask), each (7,): values between the two quantiles become -1 ... 1 where the mask is true."""

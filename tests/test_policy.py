@@ -215,7 +215,7 @@ def test_batch_equals_single(official, prompts, whole, temperature):
 @pytest.mark.slow
 def test_compiled_decoding(official, prompts):
     """The same tokens and log-probs, in batches of several shapes, before and after the weights changed in place; and
-    compiled once for all batches (once more for a single row), not once for each shape."""
+    compiled once for all of them, and once more for a larger batch, not once for each shape."""
     plain, (ids, pixels, mask) = copy.deepcopy(official), prompts[1]
     compiled = copy.copy(plain)  # the same tensors
     compiled.compile_decoding()
@@ -226,7 +226,7 @@ def test_compiled_decoding(official, prompts):
             with torch.no_grad():
                 for parameter in plain.language_model.parameters():
                     parameter.mul_(1.1)
-        for rows in (slice(0, 3), slice(1, 3), slice(0, 1), slice(0, 3)):
+        for rows in (slice(0, 2), slice(1, 2), slice(0, 1), slice(0, 2), slice(0, 3) if change else slice(1, 2)):
             cut = mask[rows].sum(1).max()
             inputs = ids[rows, :cut], pixels[rows], mask[rows, :cut]
             for temperature in (0.0, 1.5):
@@ -234,7 +234,7 @@ def test_compiled_decoding(official, prompts):
                     *inputs, temperature=temperature, generator=torch.Generator().manual_seed(3)) for model in (plain, compiled))
                 assert torch.equal(theirs.tokens, ours.tokens)
                 torch.testing.assert_close(theirs.logprobs, ours.logprobs, rtol=0, atol=1e-5)
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + change
 
 
 def test_compiling_needs_a_compiler(official, monkeypatch):
