@@ -208,7 +208,10 @@ def plot_curve(lines, path, title):
 
 
 def evaluations(run):
-    """[(decisions, successes, episodes), …] of a run directory, the final comparison included, and its config (dict)."""
+    """[(decisions, successes, episodes), …] of a run directory, and its config (dict).
+
+    `results.json` counts too: train.py's final comparison, or what eval.py wrote about the run's `policy`.
+    """
     run = Path(run)
     try:
         config = json.loads((run / "config.json").read_text())
@@ -222,7 +225,10 @@ def evaluations(run):
     ]
     if (run / "results.json").exists():
         results = json.loads((run / "results.json").read_text())
-        for where, decisions in (("start", 0), ("trained", lines[-1]["charts/decisions"])):
+        if "trained" not in results:
+            results = {"trained": results}
+        for where in results.keys() & {"start", "trained"}:
+            decisions = 0 if where == "start" else lines[-1]["charts/decisions"]
             total = results[where]["total"]  # of more episodes than the evaluations on the way: it takes their place
             points = [p for p in points if p[0] != decisions]
             points.append((decisions, total["successes"], total["episodes"]))

@@ -62,6 +62,9 @@ def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path
     low, high = wilson_interval(85, 100)
     assert f"| sum | all | 2,048 | 85.0 % | {100 * low:.1f} to {100 * high:.1f} | 100 |" in table
     assert "| none | 0 | 0 | 50.0 % |" in table and "| none | all |" not in table
+    by_eval = json.dumps({"total": {"successes": 30, "episodes": 60}})  # eval.py's, of the run's policy: no start policy there
+    (Path(c) / "results.json").write_text(by_eval)
+    assert runs.evaluations(c)[0] == [(0, 5, 10), (2048, 30, 60)]
     assert Image.open(tmp_path / "plot.png").width > 500
 
 
