@@ -623,8 +623,7 @@ class TaskSim:
         arm = m.body_rootid == m.body_rootid[m.site_bodyid[self.site]]
         self._movers = (arm & (m.body_weldid != 0))[m.geom_bodyid[self._visual]]  # what will not stand still
         material = m.geom_matid[self._visual]
-        opacity = np.where(material >= 0, m.mat_rgba[material, 3], m.geom_rgba[self._visual, 3])
-        self._glass = opacity < 1.0
+        self._glass = (m.geom_rgba[self._visual, 3] < 1.0) | ((material >= 0) & (m.mat_rgba[material, 3] < 1.0))
 
     def _draw(self, data, sky=None, depth=None):
         """Render `data` into `_pixels`, and its depths into `depth`: rows bottom-up. The GL context must be current."""
