@@ -672,6 +672,8 @@ class OpenVLA(nn.Module):
             tokens.append(choice + first)
             if k + 1 < ACTION_DIM:
                 token, slot = F.pad(tokens[-1], spare), F.pad(last + 1 + k, spare)
+                if self._compiled_step is not None:
+                    torch.compiler.cudagraph_mark_step_begin()  # the last state has been used: a graph may overwrite it
                 state = next_state(token, slot, cache, *self._rope(self.device))[:batch]
         return Actions(torch.stack(tokens, 1), torch.stack(log_probs, 1))
 
