@@ -56,6 +56,8 @@ import numpy as np
 from libero.libero import benchmark, get_libero_path
 from libero.libero.envs.env_wrapper import ControlEnv
 from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error, set_goal_orientation
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 # Policy steps per episode in LIBERO's evaluation protocol (control steps at 20 Hz, the 10 settling steps not counted).
@@ -194,8 +196,9 @@ def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
 
     MuJoCo stores textured meshes unindexed (three own vertices per face), so coincident vertices are welded first.
     Quadric decimation only moves positions; each new corner then takes the normal and the texture coordinate of an
-    original corner nearby. Among the candidates the one closest in texture space to the face's own centre wins: a
-    texture is cut into charts, and a face whose corners came from two charts would show a smear.
+    original corner nearby, of the same connected part: a book's pages lie a millimetre under its cover. Among the
+    candidates the one closest in texture space to the face's own centre wins: a texture is cut into charts, and a face
+    whose corners came from two charts would show a smear.
 
     Returns: vertices (V, 3), faces (F, 3), corner normals (F, 3, 3), corner texture coordinates (F, 3, 2) or None.
     """
@@ -204,9 +207,10 @@ def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
     solid = (welded[:, 0] != welded[:, 1]) & (welded[:, 1] != welded[:, 2]) & (welded[:, 0] != welded[:, 2])
     if solid.sum() <= target:
         return None
-    new_vert, new_face = fast_simplification.simplify(
-        weld.astype(np.float32), welded[solid].astype(np.int32), target_count=int(target), agg=DECIMATION_AGGRESSIVENESS
-    )[:2]
+    points, triangles = weld.astype(np.float32), welded[solid].astype(np.int32)
+    new_vert, new_face, collapses = fast_simplification.simplify(
+        points, triangles, target_count=int(target), agg=DECIMATION_AGGRESSIVENESS, return_collapses=True
+    )
     if len(new_face) == 0 or len(new_face) >= len(face) or len(new_vert) > len(vert):
         return None
 
@@ -214,14 +218,20 @@ def _decimate(vert, face, normal, face_normal, uv, face_uv, target):
         n = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         return n / (np.linalg.norm(n, axis=1, keepdims=True) + 1e-12)
 
+    edges = coo_array((np.ones(2 * len(triangles)), triangles[:, [0, 1, 1, 2]].reshape(-1, 2).T), shape=2 * [len(weld)])
+    part, new_part = connected_components(edges, directed=False)[1], np.zeros(len(new_vert))
+    new_part[fast_simplification.replay_simplification(points, triangles, collapses)[2]] = part  # old vertex -> new one
     old, new = vert[face[solid]], new_vert[new_face]
     old_n, new_n = unit_normals(old), unit_normals(new)
     scale = np.ptp(vert, axis=0).max()
-    # Nearest original face in position and orientation (0.1 * scale weighs 60 degrees like a tenth of the size).
-    facing = 0.1 * scale
-    _, near = cKDTree(np.hstack([old.mean(1), old_n * facing])).query(np.hstack([new.mean(1), new_n * facing]))
-    corner_pos = old.reshape(-1, 3)
-    dist, candidates = cKDTree(corner_pos).query(new_vert, k=min(24, len(corner_pos)))
+    # Nearest original face in position and orientation (0.1 * scale weighs 60 degrees like a tenth of the size), and
+    # other parts are far away.
+    facing, apart = 0.1 * scale, 10.0 * scale * part[:, None]
+    new_apart = 10.0 * scale * new_part[:, None]
+    old_faces = np.hstack([old.mean(1), old_n * facing, apart[triangles[:, 0]]])
+    _, near = cKDTree(old_faces).query(np.hstack([new.mean(1), new_n * facing, new_apart[new_face[:, 0]]]))
+    old_corners = np.hstack([old.reshape(-1, 3), apart[triangles.reshape(-1)]])
+    dist, candidates = cKDTree(old_corners).query(np.hstack([new_vert, new_apart]), k=min(24, len(old_corners)))
     rows = np.arange(len(new_face))
     corner_normal = normal[face_normal[solid]].reshape(-1, 3)
     out_normal = np.empty((len(new_face), 3, 3), np.float32)
@@ -278,7 +288,7 @@ def _cache_version():
             found.append(f"{name}={version(name)}")
         except PackageNotFoundError:
             found.append(name)
-    return ";".join(found) + f";{MIN_FACES};{DECIMATION_AGGRESSIVENESS}"
+    return ";".join(found) + f";{MIN_FACES};{DECIMATION_AGGRESSIVENESS};by part"
 
 
 def _decimate_cached(key, arrays, target):

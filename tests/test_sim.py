@@ -164,6 +164,26 @@ def test_exact_picture_equals_stock(suite):
     task.close()
 
 
+def test_sheets_keep_their_own_colours():
+    """A cover on a page, 2 mm apart: simplified, the faces of each still have texture coordinates of their own."""
+
+    def sheet(z, shift, low):  # 24 x 24 squares of 1 m, unindexed like MuJoCo's textured meshes; texture x from `low` on
+        x, y = np.meshgrid(np.arange(25.0) + shift, np.arange(25.0) + shift, indexing="ij")
+        grid = np.stack((x, y, np.full_like(x, z) + 0.05 * np.sin(x)), -1) / 25
+        a, b, c, d = grid[:-1, :-1], grid[1:, :-1], grid[1:, 1:], grid[:-1, 1:]
+        corners = np.stack((a, b, c, a, c, d), 2).reshape(-1, 3)
+        return corners, np.stack((low + 0.3 * corners[:, 0], corners[:, 1]), 1)
+
+    (cover, cover_uv), (page, page_uv) = sheet(0.05, 0.0, 0.0), sheet(0.0, 0.5, 0.6)
+    vert, uv = np.concatenate((cover, page)), np.concatenate((cover_uv, page_uv))
+    face, up = np.arange(len(vert)).reshape(-1, 3), np.tile([0.0, 0.0, 1.0], (len(vert), 1))
+    new_vert, new_face, _, new_uv = sim._decimate(vert, face, up, face, uv, face, 200)
+    bend = 0.05 * np.sin(25 * new_vert[:, 0]) / 25
+    is_cover = (new_vert[:, 2] - bend > 0.001)[new_face]
+    assert len(new_face) <= 220 and is_cover.any() and not is_cover.all()
+    np.testing.assert_array_equal(new_uv[..., 0] < 0.5, is_cover)
+
+
 def _in_one_go(task, episode):
     """The picture with everything drawn at once, where its cell is."""
     kept = sim._Kept(cells=episode._kept.cells, still=np.full(len(episode._kept.cells), sim.STILL_PICTURES))
