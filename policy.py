@@ -721,7 +721,7 @@ class OpenVLA(nn.Module):
         except Exception as error:  # of many kinds: no compiler, no headers, no Triton
             reason = str(error).strip().splitlines() or [repr(error)]
             raise UserError(f"torch.compile does not work here ({reason[0]}); leave out --compile-decoding, or install "
-                            "what it needs (a C++ compiler, on Debian: apt-get install g++)") from error
+                            "what it needs (on Debian: apt-get install g++ python3-dev)") from error
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         self._compiled_step = torch.compile(self._next_state, mode=mode, dynamic=False, fullgraph=True)
 

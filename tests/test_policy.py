@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +213,11 @@ def test_batch_equals_single(official, prompts, whole, temperature):
             torch.testing.assert_close(alone_[0], batched[i], rtol=0, atol=1e-5)
 
 
+CAN_COMPILE = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile on a CPU needs g++ and Python's headers")
 def test_compiled_decoding(official, prompts):
     """The same tokens and log-probs, in batches of several shapes, before and after the weights changed in place; and
     compiled once for all of them, and once more for a larger batch, not once for each shape."""
