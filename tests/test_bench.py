@@ -73,7 +73,7 @@ def test_gpu_command_on_a_cpu(tmp_path):
                          directory=tmp_path / "weights", out=tmp_path / "out.json")
     report = bench_model.gpu(args)
     assert json.loads(args.out.read_text()) == report and not args.directory.exists()
-    assert len(report["stages"]) == 10
+    assert len(report["stages"]) == 11
     updates = [stage["samples_per_s"] for name, stage in report["stages"].items() if name.startswith("update")]
     assert len(updates) == 4 and min(updates) > 0
     with pytest.raises(UserError, match="--size small"):
