@@ -538,7 +538,15 @@ class TaskSim:
         # A stock reset loads the task a second time, and LIBERO then lists each articulated fixture (a drawer that
         # starts open) twice and draws its joint twice. Without the same draws, what is placed next lands elsewhere.
         self.env.env.object_property_initializers *= 2
-        self._protocol_reset()
+        self._xml_fixtures = [
+            (
+                self.env.sim.model.body_name2id(f.root_body),
+                np.array(f.get_obj().get("pos", "0 0 0").split(), float),
+                np.array(f.get_obj().get("quat", "1 0 0 0").split(), float),
+            )
+            for f in self.env.env.fixtures
+        ]
+        self._stock_reset(seed=0)
         self.model = self.env.sim.model._model
         robot = self.env.env.robots[0]
         self.site = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, robot.controller.eef_name)
@@ -574,26 +582,27 @@ class TaskSim:
         _free_build_memory()
         self._jacp, self._jacr, self._mass = np.zeros((3, nv)), np.zeros((3, nv)), np.zeros((nv, nv))
 
-    def _protocol_reset(self):
-        """The stock protocol's `seed(0); reset()`, without compiling the model a second time.
+    def _stock_reset(self, seed):
+        """What the stock protocol's `seed(seed); reset()` does, without compiling the model a second time.
 
-        A stock reset makes a new simulation and runs `mj_forward` on it twice (robosuite's `_initialize_sim` and its
-        render context), which leaves the contact solver's warm start. A soft reset clears it, and an object that
-        touches something then settles 1e-7 m elsewhere; so the two passes are repeated here. In them, the fixtures
-        stand where the XML has them.
+        A stock reset makes a new simulation, in which the fixtures stand where the XML has them, and runs `mj_forward` on
+        it twice (robosuite's `_initialize_sim` and its render context). Both matter. LIBERO places a bowl on a stove by
+        where the stove's sites are at that moment, so a stove that still stood where the last reset moved it would count
+        twice, and the bowl fall to the floor. And the two passes leave the contact solver a warm start, without which an
+        object that touches something settles 1e-7 m elsewhere.
         """
         sim = self.env.sim
-        for fixture in self.env.env.fixtures:
-            body, xml = sim.model.body_name2id(fixture.root_body), fixture.get_obj()
-            sim.model.body_pos[body] = np.array(xml.get("pos", "0 0 0").split(), float)
-            sim.model.body_quat[body] = np.array(xml.get("quat", "1 0 0 0").split(), float)
+        for body, position, quaternion in self._xml_fixtures:
+            sim.model.body_pos[body], sim.model.body_quat[body] = position, quaternion
         soft = sim.reset
         sim.reset = lambda: (soft(), sim.forward(), sim.forward())
         saved = np.random.get_state()  # LIBERO draws placements from numpy's global generator
-        self.env.seed(0)
-        self.env.reset()
-        np.random.set_state(saved)
-        del sim.reset
+        try:
+            self.env.seed(seed)
+            self.env.reset()
+        finally:
+            np.random.set_state(saved)
+            del sim.reset
 
     def _render_setup(self):
         self._context = None
@@ -736,10 +745,7 @@ class Episode:
             if rng is None:
                 raise ValueError("a random placement needs an rng")
             sim.env.sim.data._data = d
-            saved = np.random.get_state()
-            sim.env.seed(int(rng.integers(2**31)))
-            sim.env.reset()
-            np.random.set_state(saved)
+            sim._stock_reset(seed=int(rng.integers(2**31)))
             self.body_pos, self.body_quat = m.body_pos[sim.moved_bodies], m.body_quat[sim.moved_bodies]
         else:
             if not 0 <= init_state < sim.num_init_states:

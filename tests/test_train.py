@@ -71,6 +71,8 @@ def _command(models, out, *extra):
         "2",
         "--minibatch-size",
         "4",
+        "--groups",
+        "2",
         "--out",
         str(out),
         *extra,
