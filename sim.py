@@ -177,7 +177,7 @@ def _stock_solves(model, data, n):
 # Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained (README, "Environments").
 FACES_PER_PIXEL = 0.75
 PLAIN_FACES_PER_PIXEL = 0.3  # without texture: the robot and its mount, smooth shapes that fewer faces describe
-WICKER_FACES_PER_PIXEL = 2.0  # the basket's weave is geometry; where it is large (from WICKER_PIXELS on), that shows
+WICKER_FACES_PER_PIXEL = 2.5  # the basket's weave is geometry; where it is large (from WICKER_PIXELS on), that shows
 WICKER_PIXELS = 100
 MIN_FACES = 60
 # Software OpenGL spends half of a picture on LIBERO's 4 samples per pixel. A plain picture of 352 px, averaged down to 256,
