@@ -538,14 +538,6 @@ class TaskSim:
         # A stock reset loads the task a second time, and LIBERO then lists each articulated fixture (a drawer that
         # starts open) twice and draws its joint twice. Without the same draws, what is placed next lands elsewhere.
         self.env.env.object_property_initializers *= 2
-        self._xml_fixtures = [
-            (
-                self.env.sim.model.body_name2id(f.root_body),
-                np.array(f.get_obj().get("pos", "0 0 0").split(), float),
-                np.array(f.get_obj().get("quat", "1 0 0 0").split(), float),
-            )
-            for f in self.env.env.fixtures
-        ]
         self._stock_reset(seed=0)
         self.model = self.env.sim.model._model
         robot = self.env.env.robots[0]
@@ -592,8 +584,10 @@ class TaskSim:
         object that touches something settles 1e-7 m elsewhere.
         """
         sim = self.env.sim
-        for body, position, quaternion in self._xml_fixtures:
-            sim.model.body_pos[body], sim.model.body_quat[body] = position, quaternion
+        for fixture in self.env.env.fixtures:
+            body, xml = sim.model.body_name2id(fixture.root_body), fixture.get_obj()
+            sim.model.body_pos[body] = np.array(xml.get("pos", "0 0 0").split(), float)
+            sim.model.body_quat[body] = np.array(xml.get("quat", "1 0 0 0").split(), float)
         soft = sim.reset
         sim.reset = lambda: (soft(), sim.forward(), sim.forward())
         saved = np.random.get_state()  # LIBERO draws placements from numpy's global generator

@@ -41,7 +41,6 @@ DEFAULTS = {
         total_steps=40_960,
         num_envs=16,
         num_steps=32,
-        groups=1,
         max_episode_steps=160,
         lr=1e-3,
         critic_lr=1e-3,
@@ -57,7 +56,6 @@ DEFAULTS = {
         total_steps=1_280_000,
         num_envs=10,
         num_steps=128,
-        groups=1,
         max_episode_steps=150,
         lr=2e-5,
         critic_lr=5e-5,
@@ -105,8 +103,8 @@ class Args:
     total_steps: Optional[int] = _sized("total_steps", "decisions in total, over all environments", min=1)
     num_envs: Optional[int] = _sized("num_envs", "environments N, over all ranks", min=1, max=10_000)
     num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1, max=100_000)
-    groups: Optional[int] = _sized(
-        "groups",
+    groups: int = _flag(
+        1,
         "groups that environments take turns in: while the simulator moves one, actions are decoded for the next. 1: all "
         "at once, fewer and larger batches",
         min=1,

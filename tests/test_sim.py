@@ -120,11 +120,13 @@ def _assert_random_placements_equal_stock(stock, task):
         episode.reset(None, np.random.default_rng(k))
         stock.reset(seed=int(np.random.default_rng(k).integers(2**31)))
         np.testing.assert_array_equal(task.model.body_pos, stock.env.sim.model.body_pos)  # fixtures
-        for action in actions:
+        np.testing.assert_array_equal(task.model.body_quat, stock.env.sim.model.body_quat)
+        for action in [None, *actions]:
+            if action is not None:
+                assert episode.step(action) == stock.step(action)
             qpos, qvel = stock.qpos_qvel()
             np.testing.assert_allclose(episode.data.qpos, qpos, rtol=0, atol=1e-9)
             np.testing.assert_allclose(episode.data.qvel, qvel, rtol=0, atol=1e-9)
-            episode.step(action), stock.step(action)
 
 
 def test_random_placements_equal_stock(both):
