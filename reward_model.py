@@ -14,7 +14,8 @@ The model is OpenVLA itself, started from the imitation policy and fine-tuned by
 
     maximise log p("1" or "0" | image, instruction, 7 action tokens)
 
-During RL it is frozen; its score p("1") / (p("1") + p("0")) enters the reward through `shaping_reward`.
+During RL it is frozen; its score p("1") / (p("1") + p("0")), brought back from the balanced labels of training to the rate
+at which positives occur (`score_of`), enters the reward through `shaping_reward`.
 
     python reward_model.py label --demos data/libero_object --plot out/labels    look at the labels first
     python reward_model.py train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
@@ -350,7 +351,7 @@ def average_precision(scores, labels):
 
 
 def calibration(scores, labels, bins=10):
-    """{"ece", "brier"} with both classes weighted to equal mass, the prior that training uses.
+    """{"ece", "brier"} of scores (n,) in [0, 1] read as probabilities of labels (n,); NaN where a class is missing.
 
     ECE: mean over equal-width bins of |share of positives - mean score|. Brier: mean squared error of the score.
     """
@@ -358,10 +359,9 @@ def calibration(scores, labels, bins=10):
     n1 = labels.sum()
     if n1 == 0 or n1 == len(labels):
         return {"ece": math.nan, "brier": math.nan}
-    weights = np.where(labels == 1, 0.5 / n1, 0.5 / (len(labels) - n1))
     which = np.minimum((scores * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, weights * (labels - scores), bins)
-    return {"ece": float(np.abs(gaps).sum()), "brier": float((weights * (scores - labels) ** 2).sum())}
+    gaps = np.bincount(which, (labels - scores) / len(labels), bins)
+    return {"ece": float(np.abs(gaps).sum()), "brier": float(((scores - labels) ** 2).mean())}
 
 
 def spearman(x, y):
@@ -412,6 +412,7 @@ class RewardModel:
     def __init__(self, model, info):
         self.model, self.info = model.eval().requires_grad_(False), info
         self.token_ids = verdict_token_ids(model)
+        self.prior = info.get("prior", 0.5)  # share of positives among the rows that it learnt from, see `score_of`
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
@@ -424,7 +425,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, input_ids, attention_mask, action_tokens=None, *, pixel_values=None, patch_embeddings=None):
-        """p("1") / (p("1") + p("0")), (B,) float32 in [0, 1]: is this action (with None: this state) one of progress?
+        """`score_of` the verdict, (B,) float32 in [0, 1]: is this action (with None: this state) one of progress?
 
         input_ids, attention_mask (B, L) from `model.tokenize`; action_tokens (B, 7) int64 or None; one of pixel_values
         (B, 6, S, S) and patch_embeddings (B, P, d). Rows do not influence each other.
@@ -432,7 +433,7 @@ class RewardModel:
         logits = verdict_logits(
             self.model, input_ids, attention_mask, action_tokens, self.token_ids, pixel_values, patch_embeddings
         )
-        return (logits[:, 0] - logits[:, 1]).sigmoid()  # softmax over the two verdicts
+        return score_of(logits, self.prior)
 
     def score_frames(self, frames, instruction, actions, unnorm_key=None, chunk=64):
         """Scores (T,) float64 of a recording: frames (T, H, W, 3) uint8 upright, actions (T, 7) in file convention."""
@@ -474,7 +475,7 @@ class RewardModel:
         return verdict_logits(model, input_ids, attention_mask, tokens.to(model.device), vocabulary, patch_embeddings=embeddings)
 
     def save(self, directory, info):
-        self.model.side_files["rprm.json"] = json.dumps(info, indent=1).encode()
+        self.model.side_files["rprm.json"] = json.dumps({**info, "prior": self.prior}, indent=1).encode()
         self.model.save_pretrained(directory)
 
     def shares_vision(self, policy):
@@ -489,6 +490,17 @@ class RewardModel:
 def vision_state(model):
     """The tensors that patch embeddings are made of: both towers and the projector."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith("language_model.")}
+
+
+def score_of(logits, prior):
+    """p("1") / (p("1") + p("0")) of verdict logits (B, 2), at the rate `prior` of positives -> (B,) in [0, 1].
+
+    Training shows both labels equally often, so the bare softmax answers for a world in which every second row leads to a
+    keyframe. By Bayes' rule the odds where a share `prior` does are prior / (1 - prior) times as large (Elkan, 2001). It
+    changes no ranking of rows, but that of episodes: hovering where some rows of successes are positive gets 0.6 from the bare
+    softmax, two thirds of what a sure keyframe gets, and a failed episode hovers for long. 0.5 leaves the softmax as it is.
+    """
+    return (logits[:, 0] - logits[:, 1] + math.log(prior / (1 - prior))).sigmoid()
 
 
 def verdict_token_ids(model):
@@ -587,30 +599,29 @@ def predict(judge, examples, state_only=False):
     scores = []
     for rows in torch.arange(len(examples)).split(judge.CHUNK):
         logits = judge.verdicts(examples.select(rows), torch.full((len(rows),), state_only))
-        scores.append((logits[:, 0] - logits[:, 1]).sigmoid().double().cpu())
+        scores.append(score_of(logits, judge.prior).double().cpu())
     return torch.cat(scores).numpy()
 
 
 def measure(judge, examples):
-    """Held-out metrics of a judge: a dict of floats. `nll` weighs both classes equally, as training does."""
+    """Held-out metrics of a judge: a dict of floats."""
     labels = examples.labels.numpy()
     scores, state_scores = predict(judge, examples), predict(judge, examples, state_only=True)
     right = np.clip(np.where(labels == 1, scores, 1 - scores), 1e-7, 1)
-    weights = np.where(labels == 1, 0.5 / max(1, labels.sum()), 0.5 / max(1, (1 - labels).sum()))
     return {
         "auroc": auroc(scores, labels),
         "average_precision": average_precision(scores, labels),
         "prevalence": float(labels.mean()),  # what a random score's average precision would be
         **calibration(scores, labels),
-        "nll": float(-(weights * np.log(right)).sum()),
+        "nll": float(-np.log(right).mean()),
         "auroc_state_only": auroc(state_scores, labels),
         "rows": len(examples),
     }
 
 
 def fit(judge, train, held_out, *, epochs, batch_size, lr, patience, action_dropout, whole_vocabulary, seed, micro_batch_size=None):
-    """Fine-tune `judge` in place (RewardModel: its language model; VLM: its adapter); early stop on the held-out loss; the
-    best weights are kept. micro_batch_size: rows per backward pass (memory only).
+    """Fine-tune `judge` in place (RewardModel: its language model; VLM: its adapter) and set its prior; early stop on the
+    held-out loss; the best weights are kept. micro_batch_size: rows per backward pass (memory only).
 
     Returns (metrics of the kept epoch with "epoch", list of metrics by epoch; entry 0 is before training).
     """
@@ -626,6 +637,7 @@ def fit(judge, train, held_out, *, epochs, batch_size, lr, patience, action_drop
         raise UserError(f"{int(positives)} of {len(train)} training rows are positive; both kinds are needed")
     # Class balance: positives and negatives are drawn equally often, and no negative is thrown away for it.
     weights = torch.where(train.labels == 1, 0.5 / positives, 0.5 / (len(train) - positives))
+    judge.prior = float(positives / len(train))
 
     history = [{"epoch": 0, **measure(judge, held_out)}]
     best, best_weights = history[0], [p.detach().cpu().clone() for p in parameters]
@@ -940,7 +952,7 @@ _RULE = LabelRule()
 @dataclass
 class RuleArgs:
     demos: Path = flag(Path("data/libero_object"), "HDF5 file in LIBERO's layout, or a directory of them")
-    limit: int | None = flag(None, "at most this many trajectories of each file", min=1)
+    limit: int | None = flag(None, "at most this many trajectories of each file of --demos", min=1)
     skip: int = flag(0, "leave out so many at the start of each file, such as those that the reward model learnt from", min=0)
     gripper_change: float = flag(_RULE.gripper_change, "smallest swing of the gripper that ends a segment, m", min=1e-4)
     gripper_still: float = flag(_RULE.gripper_still, "fingers slower than this have stopped, m/s", min=1e-4)
@@ -969,7 +981,7 @@ class TrainArgs(RuleArgs):
     out: Path = flag(Path("runs/rprm"), "directory for the reward model")
     successes: Path | None = flag(None, "the same of the policy's own successes, used like demonstrations")
     failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
-    epochs: int = flag(6, "most passes over the training rows", min=1)
+    epochs: int = flag(2, "most passes over the training rows; the learning rate falls to zero over them", min=1)
     patience: int = flag(4, "stop after this many epochs without a better held-out loss", min=1)
     batch_size: int = flag(64, "rows per optimiser step", min=2)
     micro_batch_size: int | None = flag(None, "rows per backward pass (memory only)", min=1, default="all; 4 with --vlm")
@@ -1083,9 +1095,9 @@ def run_train(args):
     def trajectories():
         yield from read_trajectories(args.demos, args.limit, skip=args.skip)
         if args.successes:
-            yield from read_trajectories(args.successes, args.limit)
+            yield from read_trajectories(args.successes)
         if args.failures:
-            yield from read_trajectories(args.failures, args.limit, success=False)
+            yield from read_trajectories(args.failures, success=False)
 
     bar = progress_bar(trajectories(), desc="label and embed", unit="trajectory")
     examples = make_examples(judge, bar, rule, args.suite, summary)

@@ -21,6 +21,7 @@ import torch
 
 from common import UserError, atomic_write, read_json
 from policy import ActionTokenizer, explain_out_of_memory, normalize_actions, policy_convention, unnormalize_actions
+from reward_model import score_of
 
 LEVELS = ActionTokenizer(256)  # its own numbering from 0 is all that counts here
 
@@ -39,6 +40,7 @@ class VLM:
     def __init__(self, model, tokenizer, image_processor, processor, info=None):
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.image_processor, self.processor = image_processor, processor
+        self.prior = 0.5 if info is None else info.get("prior", 0.5)  # see `reward_model.score_of`
         pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("1", "0")]
         if any(len(piece) != 1 for piece in pieces) or pieces[0] == pieces[1]:
             raise UserError(f'this model\'s tokenizer does not write "1" and "0" as one token each: {pieces}')
@@ -109,7 +111,7 @@ class VLM:
                 rows = range(i, min(i + self.CHUNK, len(frames)))
                 questions = [self._question(instructions[r], None if levels is None else levels[r].tolist()) for r in rows]
                 logits = self._logits(frames[i : i + self.CHUNK], questions)[:, self.token_ids].double()
-                scores.append((logits[:, 0] - logits[:, 1]).sigmoid().cpu().numpy())
+                scores.append(score_of(logits, self.prior).cpu().numpy())
         return np.concatenate(scores)
 
     def score_frames(self, frames, instruction, actions=None, unnorm_key=None):
@@ -167,4 +169,4 @@ class VLM:
             self.model.save_pretrained(directory)
         except OSError as error:
             raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-        atomic_write(Path(directory) / "rprm.json", json.dumps({**info, **self.info}, indent=1))
+        atomic_write(Path(directory) / "rprm.json", json.dumps({**info, **self.info, "prior": self.prior}, indent=1))

@@ -206,12 +206,25 @@ def test_auroc_and_average_precision_against_brute_force():
 def test_calibration():
     rng = np.random.default_rng(0)
     scores = rng.random(200_000)
-    labels = rng.random(200_000) < scores  # calibrated by construction, and balanced
+    labels = rng.random(200_000) < scores  # calibrated by construction
     good = rm.calibration(scores, labels)
     assert good["ece"] < 0.01 and good["brier"] == pytest.approx(1 / 6, abs=0.01)
-    assert rm.calibration(np.full(10, 0.9), np.arange(10) < 3)["ece"] == pytest.approx(0.4)  # balanced share 0.5
+    assert rm.calibration(np.full(10, 0.9), np.arange(10) < 3)["ece"] == pytest.approx(0.6)
     assert rm.calibration(np.array([1.0, 0.0, 0.0]), np.array([1, 0, 0])) == {"ece": 0.0, "brier": 0.0}
     assert np.isnan(rm.calibration(np.ones(3), np.ones(3))["ece"])
+
+
+def test_score_is_the_posterior_at_the_true_rate_of_positives():
+    """Two Gaussians, learnt from balanced draws: their log-odds, scored at a prior of 0.1, are calibrated where 0.1 are positive."""
+    rng = np.random.default_rng(0)
+    labels = rng.random(200_000) < 0.1
+    x = rng.normal(np.where(labels, 1.0, -1.0), 1.0)
+    logits = torch.from_numpy(np.stack([x, -x], axis=1))  # log N(x; 1, 1) - log N(x; -1, 1) = 2x: what balanced draws teach
+    score = rm.score_of(logits, 0.1).numpy()
+    assert rm.calibration(score, labels)["ece"] < 0.005 and score.mean() == pytest.approx(0.1, abs=0.005)
+    bare = rm.score_of(logits, 0.5).numpy()
+    np.testing.assert_allclose(bare, torch.softmax(logits, dim=1)[:, 0].numpy())
+    assert rm.calibration(bare, labels)["ece"] > 0.05 and rm.auroc(bare, labels) == pytest.approx(rm.auroc(score, labels))
 
 
 def test_spearman_of_a_constant_is_nan():
@@ -331,7 +344,8 @@ def test_training_raises_auroc(tiny, examples, whole_vocabulary):
     )
     assert best["auroc"] > 0.9 and best["auroc"] > history[0]["auroc"] + 0.1
     assert best["nll"] == min(entry["nll"] for entry in history)  # early stop keeps the best weights ...
-    again = rm.measure(rm.RewardModel(model, {}), examples.select(held_out))
+    prior = float(examples.labels[~held_out].mean())
+    again = rm.measure(rm.RewardModel(model, {"prior": prior}), examples.select(held_out))
     assert again["nll"] == pytest.approx(best["nll"], abs=1e-5)  # ... in the model
     assert best["auroc_state_only"] > 0.6  # bright images are likelier to be positive, whatever the action
     assert rm.RewardModel(model, {}).shares_vision(tiny)  # the vision side is untouched
