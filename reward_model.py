@@ -1025,7 +1025,7 @@ class RecordArgs:
     policy: str = flag("checkpoints/libero_object/policy", "policy checkpoint that acts")
     out: Path = flag(Path("data/rollouts"), "directory; files go to OUT/success and OUT/failure, one a task")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
-    episodes_per_task: int = flag(45, "episodes per task, from random placements", min=1)
+    episodes_per_task: int = flag(100, "episodes per task, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
     device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(1, "seed of placements and sampling; take another one for `evaluate`", min=0, max=2**32 - 1)
