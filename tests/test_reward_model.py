@@ -451,11 +451,12 @@ def test_train_and_score_commands(tiny, tmp_path, capsys):
         "--lr", "2e-3", "--batch-size", "16", "--failures", demos[1], "--successes", demos[1], "--limit", "4",
     ])
     printed = capsys.readouterr().out
-    assert "9 of 12 trajectories used" in printed and "AUROC" in printed
+    assert "17 of 20 trajectories used" in printed and "AUROC" in printed  # --limit is of the demonstrations: 4 + 8 + 8, 3 of them broken
     info = json.loads((out / "rprm.json").read_text())
     assert info["label_rule"]["window"] == 0.6 and 0 <= info["held_out"]["auroc"] <= 1 and info["train_rows"] > 0
     reward_model = rm.RewardModel.from_pretrained(out)
     assert reward_model.info == info and reward_model.shares_vision(tiny)
+    assert reward_model.prior == info["prior"] and 0 < info["prior"] < 0.5
     assert not any(p.requires_grad for p in reward_model.model.parameters())
 
     rm.main(["score", *demos, "--suite", "toy", "--rprm", str(out), "--json", str(tmp_path / "s.json"), "--limit", "1",
