@@ -412,7 +412,7 @@ class RewardModel:
     def __init__(self, model, info):
         self.model, self.info = model.eval().requires_grad_(False), info
         self.token_ids = verdict_token_ids(model)
-        self.prior = info.get("prior", 0.5)  # share of positives among the rows that it learnt from, see `score_of`
+        self.prior = prior_of(info)
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
@@ -501,6 +501,14 @@ def score_of(logits, prior):
     softmax, two thirds of what a sure keyframe gets, and a failed episode hovers for long. 0.5 leaves the softmax as it is.
     """
     return (logits[:, 0] - logits[:, 1] + math.log(prior / (1 - prior))).sigmoid()
+
+
+def prior_of(info):
+    """Share of positives among the rows that a judge learnt from, as its rprm.json (a dict) has it; 0.5 for one that stores none."""
+    prior = info.get("prior", 0.5)
+    if not (isinstance(prior, float) and 0 < prior < 1):
+        raise UserError(f'the reward model\'s rprm.json has "prior": {json.dumps(prior)}, which is no number between 0 and 1')
+    return prior
 
 
 def verdict_token_ids(model):

@@ -21,7 +21,7 @@ import torch
 
 from common import UserError, atomic_write, read_json
 from policy import ActionTokenizer, explain_out_of_memory, normalize_actions, policy_convention, unnormalize_actions
-from reward_model import score_of
+from reward_model import prior_of, score_of
 
 LEVELS = ActionTokenizer(256)  # its own numbering from 0 is all that counts here
 
@@ -40,7 +40,7 @@ class VLM:
     def __init__(self, model, tokenizer, image_processor, processor, info=None):
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.image_processor, self.processor = image_processor, processor
-        self.prior = 0.5 if info is None else info.get("prior", 0.5)  # see `reward_model.score_of`
+        self.prior = prior_of(info or {})
         pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("1", "0")]
         if any(len(piece) != 1 for piece in pieces) or pieces[0] == pieces[1]:
             raise UserError(f'this model\'s tokenizer does not write "1" and "0" as one token each: {pieces}')

@@ -227,6 +227,12 @@ def test_score_is_the_posterior_at_the_true_rate_of_positives():
     assert rm.calibration(bare, labels)["ece"] > 0.05 and rm.auroc(bare, labels) == pytest.approx(rm.auroc(score, labels))
 
 
+@pytest.mark.parametrize("prior", [0, 1.0, "often", None])
+def test_a_prior_that_is_none_is_named(tiny, prior):
+    with pytest.raises(UserError, match="prior"):
+        rm.RewardModel(tiny, {"prior": prior})
+
+
 def test_spearman_of_a_constant_is_nan():
     assert np.isnan(rm.spearman([1, 1, 1], [1, 2, 3]))
     assert rm.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1.0)
