@@ -338,6 +338,16 @@ def auroc(scores, labels):
     return float((rankdata(scores)[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
+def auroc_interval(value, positives, negatives):
+    """95 % interval [low, high] of an AUROC from so many positives and negatives (Hanley and McNeil, 1982); NaN for NaN."""
+    if math.isnan(value):
+        return [math.nan, math.nan]
+    one, two = value / (2 - value), 2 * value**2 / (1 + value)  # P(two positives above one negative), P(one above two)
+    variance = value * (1 - value) + (positives - 1) * (one - value**2) + (negatives - 1) * (two - value**2)
+    half = 1.96 * math.sqrt(variance / (positives * negatives))
+    return [max(0.0, value - half), min(1.0, value + half)]
+
+
 def average_precision(scores, labels):
     """Sum over thresholds of precision x gain in recall (no interpolation; equal scores share one threshold)."""
     scores, labels = np.asarray(scores), np.asarray(labels, bool)
@@ -612,7 +622,7 @@ def predict(judge, examples, state_only=False):
 
 
 def measure(judge, examples):
-    """Held-out metrics of a judge: a dict of floats."""
+    """Held-out metrics of a judge: a dict of floats. `nll` is the mean -log p(label), p the score at the judge's prior."""
     labels = examples.labels.numpy()
     scores, state_scores = predict(judge, examples), predict(judge, examples, state_only=True)
     right = np.clip(np.where(labels == 1, scores, 1 - scores), 1e-7, 1)
@@ -896,13 +906,16 @@ def report(runs, hovers, weight, gamma, rate):
             # below this weight no loiterer wins; None: none wins at any weight
             "safe_weight": min((s / gain for gain, s in zip(gains, sparse, strict=True) if gain > 0), default=None),
         }
+    succeeded = [run["success"] for run in runs]
+    separation = auroc([np.mean(run["scores"]) for run in runs], succeeded)
+    state_only = auroc([np.mean(run["state_scores"][: len(run["scores"])]) for run in runs], succeeded)
     return {
         "episodes": len(runs),
         "successes": len(won),
-        "episode_auroc": auroc([np.mean(run["scores"]) for run in runs], [run["success"] for run in runs]),
-        "episode_auroc_state_only": auroc(
-            [np.mean(run["state_scores"][: len(run["scores"])]) for run in runs], [run["success"] for run in runs]
-        ),
+        "episode_auroc": separation,
+        "episode_auroc_95": auroc_interval(separation, len(won), len(runs) - len(won)),
+        "episode_auroc_state_only": state_only,
+        "episode_auroc_state_only_95": auroc_interval(state_only, len(won), len(runs) - len(won)),
         "mean_score": {
             kind: mean(float(np.mean(run["scores"])) for run in runs if run["success"] == (kind == "success"))
             for kind in ("success", "failure")
@@ -926,12 +939,13 @@ def without_nan(value):
 def print_report(numbers):
     """One table on the terminal; nan where no episode of the kind was seen."""
     means, s = numbers["mean_score"], numbers["spearman_with_progress"]
+    (low, high), (state_low, state_high) = numbers["episode_auroc_95"], numbers["episode_auroc_state_only_95"]
     tasks = ",".join(map(str, numbers["task_ids"]))
     print(
         f"{numbers['suite']}, tasks {tasks}: {numbers['successes']} of {numbers['episodes']} episodes succeeded\n"
         f"mean score of successes / failures    {means['success']:.3f} / {means['failure']:.3f}\n"
-        f"episode AUROC                         {numbers['episode_auroc']:.3f}; of the score without the action "
-        f"{numbers['episode_auroc_state_only']:.3f}\n"
+        f"episode AUROC (95 %)                  {numbers['episode_auroc']:.3f} ({low:.2f} to {high:.2f}); of the score without the "
+        f"action {numbers['episode_auroc_state_only']:.3f} ({state_low:.2f} to {state_high:.2f})\n"
         f"Spearman with true progress           sum of scores {s['cumulative_score']:.3f}, time alone {s['time_alone']:.3f}, "
         f"score without the action {s['state_score']:.3f}\n"
         f"  with the next second's progress     score {s['score_and_next_second']:.3f}, without the action "
@@ -990,7 +1004,7 @@ class TrainArgs(RuleArgs):
     successes: Path | None = flag(None, "the same of the policy's own successes, used like demonstrations")
     failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
     epochs: int = flag(2, "most passes over the training rows; the learning rate falls to zero over them", min=1)
-    patience: int = flag(4, "stop after this many epochs without a better held-out loss", min=1)
+    patience: int = flag(1, "stop after this many epochs without a better held-out loss", min=1)
     batch_size: int = flag(64, "rows per optimiser step", min=2)
     micro_batch_size: int | None = flag(None, "rows per backward pass (memory only)", min=1, default="all; 4 with --vlm")
     lr: float = flag(5e-4, "peak learning rate of AdamW (7B: 1e-5; --vlm: 1e-4)", min=0.0)

@@ -203,6 +203,17 @@ def test_auroc_and_average_precision_against_brute_force():
     assert np.isnan(rm.auroc([0.1, 0.2], [1, 1])) and np.isnan(rm.average_precision([0.1], [0]))
 
 
+def test_auroc_interval_covers_the_truth():
+    """Two Gaussians one apart: AUROC is Phi(1 / sqrt(2)) = 0.7602. About 95 % of the intervals hold it."""
+    rng = np.random.default_rng(0)
+    labels, covered = np.arange(100) < 40, 0
+    for _ in range(400):
+        low, high = rm.auroc_interval(rm.auroc(rng.normal(labels * 1.0), labels), 40, 60)
+        covered += low < 0.7602 < high
+    assert 0.92 < covered / 400 < 0.98
+    assert rm.auroc_interval(1.0, 5, 5) == [1.0, 1.0] and np.isnan(rm.auroc_interval(np.nan, 0, 5)).all()
+
+
 def test_calibration():
     rng = np.random.default_rng(0)
     scores = rng.random(200_000)
