@@ -20,8 +20,8 @@ train: libraries ## reinforcement learning from the shipped tiny policy (train.p
 eval: libraries ## success rates under the LIBERO protocol (eval.py)
 	@$(PY) eval.py $(ARGS)
 
-bench: libraries ## the benchmarks that README quotes (bench.py), for example ARGS=envs
-	@$(PY) bench.py $(ARGS)
+bench: libraries ## the benchmarks that README quotes (bench/), for example ARGS=envs
+	@$(PY) -m bench $(ARGS)
 
 test: libraries ## all tests
 	@$(PY) -m pytest -q $(ARGS)
@@ -30,7 +30,7 @@ test-fast: $(READY) ## the tests that need neither the simulator nor patience
 	@$(PY) -m pytest -q -m "not libero and not slow" $(ARGS)
 
 libraries: $(READY)
-	@$(PY) -c "import common; common.require_system_libraries()"
+	@$(PY) -c "from support.machine import require_system_libraries; require_system_libraries()"
 
 $(READY): requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on the PATH; set one with make PYTHON=/path/to/python3.11" >&2; exit 1; }

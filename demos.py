@@ -30,7 +30,12 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, die_with_parent, main_guard, parse_args, progress_bar, safe_name, wilson_interval
+from support.cli import parse_args
+from support.errors import main_guard, UserError
+from support.files import safe_name
+from support.machine import die_with_parent
+from support.quiet import progress_bar
+from support.statistics import wilson_interval
 
 METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
 GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z
@@ -254,14 +259,14 @@ _SIM = {}  # per process: the one task that is built at the moment
 
 
 def _task_sim(suite, task_id, render, resolution=256):
-    import sim
+    from simulator.task import TaskSim
 
     key = (suite, task_id, render, resolution)
     if key not in _SIM:
         for old in _SIM.values():
             old.close()
         _SIM.clear()
-        _SIM[key] = sim.TaskSim(suite, task_id, render=render, resolution=resolution)
+        _SIM[key] = TaskSim(suite, task_id, render=render, resolution=resolution)
     return _SIM[key]
 
 
@@ -273,12 +278,12 @@ def _start_worker():
 def _work(job):
     """Worker: a share of one task's demonstrations (written to a part file) or of its test states."""
     args, task_id, share, shares = job
-    import sim
+    from simulator.suites import max_steps
 
     if args.check:
         task = _task_sim(args.suite, task_id, "none")
         episode = task.episode()
-        limit = sim.max_steps(args.suite)
+        limit = max_steps(args.suite)
         return task_id, [
             check_expert(episode, args.suite, i, args.action_repeat, limit) for i in range(share, 50, shares)
         ]
@@ -462,11 +467,12 @@ def main():
         raise UserError(f"--resolution {args.resolution}: choose 64, 128 or 256")
     if not args.suite.startswith(("libero_object", "libero_spatial")):
         raise UserError(f"no scripted expert for {args.suite!r}: they cover libero_object and libero_spatial")
-    import sim
+    from simulator.render import default_render
+    from simulator.suites import check_task_ids, instructions
 
-    task_ids = sim.check_task_ids(args.suite, args.task_ids)
+    task_ids = check_task_ids(args.suite, args.task_ids)
     if not args.check:
-        args.render = args.render or sim.default_render()
+        args.render = args.render or default_render()
         try:
             (Path(args.out) / args.suite).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -492,7 +498,7 @@ def main():
                 steps = np.mean([t for s, t in flat if s]) if wins else float("nan")
                 tqdm.write(
                     f"task {task_id}: {wins}/{n} = {100 * wins / n:.0f} % [{100 * low:.0f}, {100 * high:.0f}], "
-                    f"{steps:.0f} control steps  {sim.instructions(args.suite)[task_id]}"
+                    f"{steps:.0f} control steps  {instructions(args.suite)[task_id]}"
                 )
             else:
                 parts = sorted(r[0] for r in results[task_id])

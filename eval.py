@@ -26,8 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-import distributed
-from common import UserError, atomic_write, fingerprint, main_guard, parse_args, progress_bar, safe_name, wilson_interval, write_film
+from support import distributed
+from support.cli import parse_args
+from support.errors import main_guard, UserError
+from support.files import atomic_write, fingerprint, safe_name, write_film
+from support.quiet import progress_bar
+from support.statistics import wilson_interval
 from envs import NUM_INIT_STATES, LiberoVecEnv
 
 MAX_LOST = 3  # so often an episode may take its simulator down with it and is played again
@@ -121,15 +125,15 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     size` environments of its own, and returns the episodes of all. in_step: the model is sharded, so that each of its
     forward passes needs all ranks: those that are done keep computing until the last one is.
     """
-    import sim
+    from simulator.suites import check_task_ids, instructions, max_steps
     from policy import explain_out_of_memory
 
-    task_ids = [int(t) for t in sim.check_task_ids(suite, task_ids)]
+    task_ids = [int(t) for t in check_task_ids(suite, task_ids)]
     if not 1 <= episodes_per_task <= NUM_INIT_STATES:
         raise UserError(f"episodes per task must be 1 to {NUM_INIT_STATES}, not {episodes_per_task}")
     wanted = {(t, i) for t in task_ids for i in range(episodes_per_task)}
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
-    result = EvalResult(suite, sim.instructions(suite), list(kept))
+    result = EvalResult(suite, instructions(suite), list(kept))
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     queue = deque(share_of_episodes(wanted - {(e["task_id"], e["init_state"]) for e in kept}, rank, ranks))
     if not queue and not in_step:
@@ -140,7 +144,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
                             **(world.simulators() if world else {}))
         ready = contextlib.closing(envs)
     elif (envs.suite, envs.action_repeat) == (suite, model.action_repeat):
-        ready = _borrowed(envs, sim.max_steps(suite))
+        ready = _borrowed(envs, max_steps(suite))
     else:
         raise UserError(f"the environments play {envs.suite} with action repeat {envs.action_repeat}, "
                         f"the evaluation wants {suite} with {model.action_repeat}")
@@ -332,11 +336,12 @@ def main():
     world = distributed.join()
     import torch
 
-    import sim
+    from simulator.render import default_render
+    from simulator.suites import check_task_ids, max_steps
     from policy import OpenVLA
 
-    sim.check_task_ids(args.suite, args.task_ids)  # before the slow things
-    args.render = args.render or sim.default_render()
+    check_task_ids(args.suite, args.task_ids)  # before the slow things
+    args.render = args.render or default_render()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = "cpu" if args.device == "cpu" else world.device
@@ -351,7 +356,7 @@ def main():
     settings = dict(
         suite=args.suite, checkpoint=fingerprint(args.checkpoint), temperature=args.temperature,
         whole_vocabulary=args.whole_vocabulary, seed=args.seed if args.temperature > 0 else None, render=args.render,
-        dtype=dtype, action_repeat=model.action_repeat, max_steps=sim.max_steps(args.suite),
+        dtype=dtype, action_repeat=model.action_repeat, max_steps=max_steps(args.suite),
     )
     log, finished = None, None
     if world.first:

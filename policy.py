@@ -44,7 +44,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, read_json, silence_third_party, sync_directory
+from support.errors import UserError
+from support.files import read_json, sync_directory
+from support.quiet import silence_third_party
 
 ACTION_DIM = 7
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError
+from support.errors import UserError
 
 ACTION_TOKENS = 7  # xyz, roll-pitch-yaw, gripper: one token each
 

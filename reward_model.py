@@ -35,7 +35,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, atomic_write, main_guard, parse_command, progress_bar, read_json, safe_name
+from support.cli import parse_command
+from support.errors import main_guard, UserError
+from support.files import atomic_write, read_json, safe_name
+from support.quiet import progress_bar
 from demos import demo_files, demo_path, read_demos, write_demos
 from policy import ACTION_DIM, OpenVLA, explain_out_of_memory, policy_convention
 
@@ -552,7 +555,7 @@ def verdict_logits(
 
 def load_reward_model(path, dtype=torch.float32, device="cpu"):
     """What `train.py --reward-model` names: an RPRM, tiny or an adapter of a VLM, or else a stock VLM (directory or hub id)."""
-    from vlm import VLM
+    from models.vlm import VLM
 
     folder, config, info = Path(path), Path(path) / "config.json", Path(path) / "rprm.json"
     hub_id = not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.is_dir()
@@ -833,7 +836,9 @@ def policy_runs(rprm, model, suite, task_ids, *, episodes_per_task, temperature,
 
     Not from the 50 test states: episodes that are recorded (HDF5 under `record`) may be used for training.
     """
-    from sim import TaskSim, default_render, max_steps
+    from simulator.render import default_render
+    from simulator.suites import max_steps
+    from simulator.task import TaskSim
 
     limit, generator = max_steps(suite) // model.action_repeat, torch.Generator().manual_seed(seed)
     for task_id in progress_bar(task_ids, desc="rolling out", unit="task"):
@@ -1106,7 +1111,7 @@ def split(examples, share, seed):
 def run_train(args):
     rule, summary = args.rule(), LabelSummary()
     if args.vlm:
-        from vlm import VLM
+        from models.vlm import VLM
 
         statistics = OpenVLA.from_pretrained(args.policy).action_statistics(args.suite)
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32  # of the frozen weights; adapters are float32
@@ -1177,7 +1182,7 @@ def run_score(args):
 
 
 def run_evaluate(args):
-    from sim import check_task_ids
+    from simulator.suites import check_task_ids
 
     task_ids = check_task_ids(args.suite, args.task_ids)
     rprm = RewardModel.from_pretrained(args.rprm, device=args.device)
@@ -1190,7 +1195,7 @@ def run_evaluate(args):
 
 
 def run_record(args):
-    from sim import check_task_ids
+    from simulator.suites import check_task_ids
 
     task_ids = check_task_ids(args.suite, args.task_ids)
     model = OpenVLA.from_pretrained(args.policy, device=args.device)

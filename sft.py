@@ -27,7 +27,11 @@ import torch
 from tqdm import tqdm
 
 import demos
-from common import UserError, atomic_write, main_guard, parse_args, progress_bar, seed_everything
+from support.cli import parse_args
+from support.errors import main_guard, UserError
+from support.files import atomic_write
+from support.machine import seed_everything
+from support.quiet import progress_bar
 from policy import OpenVLA, build_tiny, crop_and_normalize, explain_out_of_memory, resize_frames
 
 

@@ -31,9 +31,12 @@ from typing import Optional
 
 import numpy as np
 
-import distributed
-import runs
-from common import UserError, atomic_write, fingerprint, main_guard, parse_args, parse_settings, read_json, seed_everything
+from support import distributed
+from support import report, runs
+from support.cli import parse_args, parse_settings
+from support.errors import main_guard, UserError
+from support.files import atomic_write, fingerprint, read_json
+from support.machine import seed_everything
 
 # What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
 DEFAULTS = {
@@ -377,13 +380,14 @@ def main():
 
     import torch
 
-    import sim
+    from simulator.render import check_egl, default_render
+    from simulator.suites import check_task_ids
     from envs import Curriculum, LiberoVecEnv, merge_states, split_state
     from eval import evaluate
     from policy import ActorCritic, OpenVLA, explain_out_of_memory
     from ppo import NumericsError, PPOConfig, RolloutBuffer, check_finite, ppo_update
     from reward_model import load_reward_model, shaping_reward
-    from vlm import VLM
+    from models.vlm import VLM
 
     if not resumed:
         if (out / "config.json").exists() and not restarted:
@@ -396,7 +400,7 @@ def main():
             args.model, args.reward_model = make_from_scratch(args, out / "start")
             args.from_scratch = False
         args, size, reason = resolve(args)
-        args.task_ids = sim.check_task_ids(args.suite, args.task_ids)
+        args.task_ids = check_task_ids(args.suite, args.task_ids)
         for what, path in (
             ("policy", args.model),
             ("reward model", args.reward_model if args.prm_mode != "none" else None),
@@ -415,11 +419,11 @@ def main():
                 )
     else:
         args, size, _ = resolve(args)
-        args.task_ids, reason = sim.check_task_ids(args.suite, args.task_ids), "resumed"
-    sim.check_egl()
+        args.task_ids, reason = check_task_ids(args.suite, args.task_ids), "resumed"
+    check_egl()
     device, shard = world.device, args.shard and world.size > 1
     dtype = torch.bfloat16 if device != "cpu" and size == "7B" else torch.float32
-    args.render = render = args.render or sim.default_render()  # in config.json: a resumed run keeps its pictures
+    args.render = render = args.render or default_render()  # in config.json: a resumed run keeps its pictures
     slots = world.share(args.num_envs)  # the environments of this rank, in the numbering of all
     num_envs = len(slots)
     seed_everything(args.seed)
@@ -756,7 +760,7 @@ def main():
                 runs.restore_directory(out, config, metrics_log)
             if filming and film:
                 ended = buffer.terminated[:, 0].int() - buffer.truncated[:, 0].int()
-                runs.write_video(
+                report.write_video(
                     out / "videos" / f"rollout_{iteration:05d}.mp4",
                     film,
                     buffer.rewards[:, 0].tolist(),
@@ -782,7 +786,7 @@ def main():
                 metrics_log.write(m)
             save(iteration)
             if world.first and ("eval/episodes" in m or iteration % 10 == 0):
-                runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
+                report.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
             evaluations = sum(i % args.eval_every == 0 for i in range(iteration + 1, iterations)) if args.eval_every else 0
             seconds = float(np.mean(pace[-20:])) * (iterations - iteration) + evaluation_time * evaluations
             say(runs.terminal_line(m, iterations, seconds))
@@ -800,9 +804,9 @@ def main():
                 rows["start"] = measure(start, args.final_episodes, out / "videos/start").to_dict()
             rows["trained"] = measure(trained, args.final_episodes, out / "videos/trained").to_dict()
         if rows and world.first:
-            runs.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
+            report.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
-            print(runs.before_after_table(rows), flush=True)
+            print(report.before_after_table(rows), flush=True)
             total = rows["trained"]["total"]
             if metrics_log.lines:  # else somebody emptied the file, and all iterations were done
                 metrics_log.lines[-1] = {
@@ -812,7 +816,7 @@ def main():
                     "eval/episodes": total["episodes"],
                 }
         if world.first:
-            runs.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
+            report.plot_curve(metrics_log.lines, out / "success.png", f"{args.suite}, seed {args.seed}")
         say(f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}")
     except NumericsError as exc:
         optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import distributed
-from common import UserError, main_guard
+from support import distributed
+from support.errors import main_guard, UserError
 from policy import ActorCritic, build_tiny
 from ppo import PPOConfig, RolloutBuffer, ppo_update
 

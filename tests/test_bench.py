@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import bench
-import bench_model
-from common import UserError
+from bench import environments as bench
+from bench import model as bench_model
+from support.errors import UserError
 from policy import ActorCritic, OpenVLA
 
 torch.set_num_threads(1)

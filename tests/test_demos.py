@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import demos
-from common import UserError
+from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,9 +129,9 @@ def test_bad_flags_are_one_line(tmp_path, flags, what):
 @pytest.mark.libero
 def test_expert_solves_test_states_and_its_recording_replays():
     """The expert succeeds on unseen protocol states, and a disturbed recording's executed actions lead to its states."""
-    import sim
+    from simulator.task import TaskSim
 
-    task = sim.TaskSim("libero_object", 8, render="light")
+    task = TaskSim("libero_object", 8, render="light")
     episode = task.episode()
     for init_state in (3, 29):
         success, steps = demos.check_expert(episode, "libero_object", init_state, 4, 280)

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import _command, _metrics, models  # noqa: F401 (models is a fixture)
 
-import distributed
+from support import distributed
 import envs
 import eval as evaluation
 import ppo
@@ -189,9 +189,9 @@ def test_egl_devices_are_shared_out(monkeypatch):
     assert world.simulators()["egl_devices"] is None  # and EGL chooses
     world.local_size, world.local_rank, world.device = 4, 1, "cuda:1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
-    monkeypatch.setattr("sim.num_egl_devices", lambda: 8)  # the test machine has no GPU
+    monkeypatch.setattr("simulator.render.num_egl_devices", lambda: 8)  # the test machine has no GPU
     assert world.simulators(3)["egl_devices"] == [5]
-    monkeypatch.setattr("sim.num_egl_devices", lambda: 1)  # GPUs, but only Mesa's EGL: leave it the choice
+    monkeypatch.setattr("simulator.render.num_egl_devices", lambda: 1)  # GPUs, but only Mesa's EGL: leave it the choice
     assert world.simulators(3)["egl_devices"] is None
     assert world.simulators(3, [0, 1])["egl_devices"] == [1]
     assert world.simulators(3, [0, 1, 2, 3, 4, 5, 6, 7]) == dict(num_workers=3, egl_devices=[1, 5])

@@ -303,9 +303,9 @@ def test_requirements_pin_mujoco():
 
 
 def test_debian_packages_are_those_of_the_code():
-    import common
+    from support import machine
 
-    assert common.DEBIAN_PACKAGES in readme()
+    assert machine.DEBIAN_PACKAGES in readme()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import psutil
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from common import UserError
-from envs import DONE, Curriculum, LiberoVecEnv
+from support.errors import UserError
+from envs import Curriculum, LiberoVecEnv
+from simulator.workers import DONE
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE, TASKS, N = "libero_object", [0, 1], 3
@@ -209,9 +210,9 @@ def test_truncation_and_final_observation(one):
 
 def _soup_in_basket(state, slot):
     """A copy of the saved environments in which slot's task 0 (alphabet soup) is all but done."""
-    import sim
+    from simulator.task import TaskSim
 
-    task = sim.TaskSim(SUITE, 0, "none")
+    task = TaskSim(SUITE, 0, "none")
     qpos = 1 + task.model.joint("alphabet_soup_1_joint0").qposadr[0]  # the state vector begins with the time
     episode = task.episode()
     episode.set_state(state[f"sim_{slot}"])

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import UserError, wilson_interval
+from support.errors import UserError
+from support.statistics import wilson_interval
 from eval import EpisodeLog, EvalResult, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +91,9 @@ def envs(model):
 @pytest.fixture
 def short(monkeypatch):
     """Episodes of 12 control steps, so that dozens of them take seconds."""
-    import sim
+    from simulator.suites import MAX_STEPS
 
-    monkeypatch.setitem(sim.MAX_STEPS, SUITE, 12)
+    monkeypatch.setitem(MAX_STEPS, SUITE, 12)
 
 
 def _played(result):

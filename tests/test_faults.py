@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import SMALL, _command, _start, _wait_for_iteration, models  # noqa: F401 (a fixture)
 
-import common
-import envs
-import runs
+from support import errors
+from simulator import workers
+from support import runs
 from policy import ActorCritic, build_tiny
 from ppo import NumericsError, PPOConfig, RolloutBuffer, ppo_update
 
@@ -164,7 +164,7 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
         os.truncate(small_disk / "filler", max(0, (small_disk / "filler").stat().st_size - spare))
         try:
             runs.save_checkpoint(small_disk, 2, actor_critic, {**state, "iteration": 2}, keep=2, best=-1)
-        except common.UserError as error:
+        except errors.UserError as error:
             assert "No space left" in str(error) or "write" in str(error)
             assert "previous one is intact" in str(error) and "\n" not in str(error)
             assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["000001"]
@@ -223,7 +223,7 @@ def test_a_deleted_run_directory_is_written_again(models, tmp_path):  # noqa: F8
 @pytest.mark.parametrize("code, hung", [("import time; time.sleep(600)", True), ("while True: pass", False)])
 def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
     """However slow a busy process is on a loaded machine, it is not hung."""
-    handle = envs._Handle(0, [0])
+    handle = workers.Handle(0, [0])
     handle.building, handle.process = False, subprocess.Popen([sys.executable, "-c", code])
     try:
         time.sleep(2.0)  # Python starts
@@ -238,7 +238,8 @@ def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
 
 
 STOP = """
-import ctypes, runs, time
+import ctypes, time
+from support import runs
 runs.Stop('the/run').begin()
 print('ready', flush=True)
 while True:

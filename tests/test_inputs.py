@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import bench
-import common
+from bench import environments as bench
+from support import cli, files
 import demos
 import eval as evaluation
 import reward_model
-import runs
+from support import runs
 import sft
 import train
-from common import UserError
+from support.errors import UserError
 from policy import ActorCritic, OpenVLA, build_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,13 +49,13 @@ COMMANDS = {
 }
 BENCHES = {name: entry[:2] for name, entry in bench.COMMANDS.items()}
 PARSERS = {
-    "train.py": (train.Args, lambda argv: common.parse_args(train.Args, "", argv)),
-    "eval.py": (evaluation.Args, lambda argv: common.parse_args(evaluation.Args, "", argv)),
-    "sft.py": (sft.Args, lambda argv: common.parse_args(sft.Args, "", argv)),
-    "demos.py": (demos.Args, lambda argv: common.parse_args(demos.Args, "", argv)),
-    **{f"reward_model.py {name}": (COMMANDS[name][0], lambda argv, name=name: common.parse_command(
+    "train.py": (train.Args, lambda argv: cli.parse_args(train.Args, "", argv)),
+    "eval.py": (evaluation.Args, lambda argv: cli.parse_args(evaluation.Args, "", argv)),
+    "sft.py": (sft.Args, lambda argv: cli.parse_args(sft.Args, "", argv)),
+    "demos.py": (demos.Args, lambda argv: cli.parse_args(demos.Args, "", argv)),
+    **{f"reward_model.py {name}": (COMMANDS[name][0], lambda argv, name=name: cli.parse_command(
         COMMANDS, "", [name, *argv])[1]) for name in COMMANDS},
-    **{f"bench.py {name}": (BENCHES[name][0], lambda argv, name=name: common.parse_command(
+    **{f"bench.py {name}": (BENCHES[name][0], lambda argv, name=name: cli.parse_command(
         BENCHES, "", [name, *argv])[1]) for name in BENCHES},
 }
 # What a shell can pass: any text without the zero byte, bytes that are no text included.
@@ -153,10 +153,10 @@ def damaged(draw, tree):
 @given(data=st.data())
 def test_any_settings_of_a_run_are_checked_like_flags(data):
     good = json.loads(json.dumps(train.asdict(train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x"))))
-    assert common.parse_settings(train.Args, good, "config.json") == train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x")
+    assert cli.parse_settings(train.Args, good, "config.json") == train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x")
     saved = damaged(data.draw, good)
     try:
-        args = common.parse_settings(train.Args, saved, "config.json")
+        args = cli.parse_settings(train.Args, saved, "config.json")
     except UserError as error:
         assert str(error).startswith("config.json") and "\n" not in str(error)
     else:  # then a command line could have said the same
@@ -173,7 +173,7 @@ def test_any_file_in_place_of_json_is_one_line(text, raw, tmp_path_factory):
     for content in (text.encode(errors="surrogatepass"), raw):
         path.write_bytes(content)
         try:
-            assert isinstance(common.read_json(path), dict)
+            assert isinstance(files.read_json(path), dict)
         except UserError as error:
             assert str(path) in str(error)
 
@@ -418,7 +418,8 @@ def test_nothing_that_was_downloaded_is_executed():
     """Every reader of foreign files, in every script: no pickle, no code from a model repository, no shell."""
     forbidden = {"eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "os.system"}
     seen = 0
-    for path in ROOT.glob("*.py"):
+    rooms = ("simulator", "experts", "models", "support", "bench")
+    for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).glob("*.py"))]:
         for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
             name = ast.unparse(call.func)
             given_ = {k.arg: ast.unparse(k.value) for k in call.keywords}
@@ -434,7 +435,7 @@ def test_nothing_that_was_downloaded_is_executed():
                 seen += 1
                 assert "own" in [ast.unparse(k.value) for k in call.keywords if k.arg is None], where
     assert seen >= 6
-    assert "own = dict(trust_remote_code=False)" in (ROOT / "vlm.py").read_text()
+    assert "own = dict(trust_remote_code=False)" in (ROOT / "models/vlm.py").read_text()
 
 
 def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path, capsys):

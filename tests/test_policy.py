@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import policy
-from common import UserError
+from support.errors import UserError
 from policy import ActionTokenizer, ActorCritic, OpenVLA, preprocess_images
 
 torch.set_num_threads(1)
@@ -210,7 +210,7 @@ def test_batch_equals_single(official, prompts, whole, temperature):
         assert torch.equal(single.tokens[0], together.tokens[i])
         torch.testing.assert_close(single.logprobs[0], together.logprobs[i], rtol=0, atol=1e-5)
         for alone_, batched in zip(evaluate(single.tokens, *row), evaluated, strict=True):  # log-probs, entropy
-            torch.testing.assert_close(alone_[0], batched[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(alone_[0], batched[i], rtol=2e-6, atol=1e-5)  # entropies of 32,064 tokens are near 9
 
 
 CAN_COMPILE = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()

@@ -14,9 +14,9 @@ from PIL import Image
 
 import reward_model as rm
 import train
-from common import UserError
+from support.errors import UserError
 from policy import build_tiny
-from vlm import VLM
+from models.vlm import VLM
 
 FINE = 200  # Hz of the simulated hand
 STROKE = 0.08
@@ -537,7 +537,7 @@ def scripted(episodes, model):
 
 @pytest.mark.libero
 def test_progress_and_loitering_in_the_simulator(tmp_path):
-    from sim import TaskSim
+    from simulator.task import TaskSim
 
     model = build_tiny(0)
     model.norm_stats = STATS

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sim  # before the stock environment: it quiets the simulator's imports
+from simulator import render, suites
+from simulator.task import TaskSim
 import mujoco
-from common import UserError
+from support.errors import UserError
 from demos import PickAndPlaceExpert
 
 pytestmark = [pytest.mark.libero, pytest.mark.slow]
@@ -81,7 +82,7 @@ class Stock:
 def both(request):
     """(suite, stock environment in initial state 0 after settling, its picture there, TaskSim of the same task)."""
     suite = request.param
-    task = sim.TaskSim(suite, TASKS[suite])
+    task = TaskSim(suite, TASKS[suite])
     stock = Stock(suite, TASKS[suite])
     stock.reset(0)
     yield suite, stock, stock.picture(), task
@@ -91,7 +92,7 @@ def both(request):
 
 @pytest.fixture(scope="module")
 def task():
-    task = sim.TaskSim("libero_object", 0, render="none")
+    task = TaskSim("libero_object", 0, render="none")
     yield task
     task.close()
 
@@ -136,7 +137,7 @@ def test_random_placements_equal_stock(both):
 
 def test_random_placements_on_fixtures_equal_stock():
     """A bowl on the stove, which LIBERO places by where the stove was before the reset moves it."""
-    task, stock = sim.TaskSim("libero_spatial", 7, render="none"), Stock("libero_spatial", 7)
+    task, stock = TaskSim("libero_spatial", 7, render="none"), Stock("libero_spatial", 7)
     _assert_random_placements_equal_stock(stock, task)
     task.close()
     stock.env.close()
@@ -150,7 +151,7 @@ def test_success_equals_stock_along_a_demonstration(both):
     episode.reset(0)
     expert = PickAndPlaceExpert(episode, suite)
     actions, ours = [], []
-    while len(actions) < sim.max_steps(suite) and not any(ours[-5:-4]):  # and five steps beyond the first success
+    while len(actions) < suites.max_steps(suite) and not any(ours[-5:-4]):  # and five steps beyond the first success
         if len(actions) % 4 == 0:
             command = expert.action(episode)
         actions.append(command)
@@ -180,7 +181,7 @@ def test_light_picture_is_close_to_stock(both):
 
 @pytest.mark.parametrize("suite", ["libero_object", "libero_goal", "libero_10"])
 def test_exact_picture_equals_stock(suite):
-    task, stock = sim.TaskSim(suite, TASKS[suite], render="exact"), Stock(suite, TASKS[suite])
+    task, stock = TaskSim(suite, TASKS[suite], render="exact"), Stock(suite, TASKS[suite])
     episode = task.episode()
     episode.reset(0)
     stock.reset(0)
@@ -206,7 +207,7 @@ def test_sheets_keep_their_own_colours():
     (cover, cover_uv), (page, page_uv) = sheet(0.05, 0.0, 0.0), sheet(0.0, 0.5, 0.6)
     vert, uv = np.concatenate((cover, page)), np.concatenate((cover_uv, page_uv))
     face, up = np.arange(len(vert)).reshape(-1, 3), np.tile([0.0, 0.0, 1.0], (len(vert), 1))
-    new_vert, new_face, _, new_uv = sim._decimate(vert, face, up, face, uv, face, 200)
+    new_vert, new_face, _, new_uv = render._decimate(vert, face, up, face, uv, face, 200)
     bend = 0.05 * np.sin(25 * new_vert[:, 0]) / 25
     is_cover = (new_vert[:, 2] - bend > 0.001)[new_face]
     assert len(new_face) <= 220 and is_cover.any() and not is_cover.all()
@@ -215,14 +216,14 @@ def test_sheets_keep_their_own_colours():
 
 def _in_one_go(task, episode):
     """The picture with everything drawn at once, where its cell is."""
-    kept = sim._Kept(cells=episode._kept.cells, still=np.full(len(episode._kept.cells), sim.STILL_PICTURES))
+    kept = render.Kept(cells=episode._kept.cells, still=np.full(len(episode._kept.cells), render.STILL_PICTURES))
     return task.draw(episode.data, kept)
 
 
 def test_what_stands_still_is_drawn_once():
     """An expert's episode, from the free hand to the basket: each picture equals the one drawn in one go, byte for byte,
     and that of a fresh episode put into the same state, although few of them draw what stands still again."""
-    task = sim.TaskSim("libero_object", 0)
+    task = TaskSim("libero_object", 0)
     episode, other = task.episode(), task.episode()
     episode.reset(0)
     other.reset(1)
@@ -249,7 +250,7 @@ def test_what_stands_still_is_drawn_once():
 
 def test_glass_is_drawn_with_what_is_behind_it():
     """The window of libero_10's microwave: while its door swings, the picture equals the one drawn in one go."""
-    task = sim.TaskSim("libero_10", 9)
+    task = TaskSim("libero_10", 9)
     episode = task.episode()
     episode.reset(0)
     joint = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_JOINT, "microwave_1_microjoint")
@@ -268,7 +269,7 @@ def test_glass_is_drawn_with_what_is_behind_it():
 
 def test_floor_brightness():
     """139 up to mujoco 3.3.2, 102 from 3.3.3 on: that darker floor costs OpenVLA-7B 19 points on libero_object."""
-    task = sim.TaskSim("libero_object", 0, render="exact")
+    task = TaskSim("libero_object", 0, render="exact")
     episode = task.episode()
     episode.reset(0)
     assert abs(episode.render().mean() - 139) < 2
@@ -277,7 +278,7 @@ def test_floor_brightness():
 
 def test_bowl_rests_on_the_ramekin():
     """From mujoco 3.4.0 on it slides off to about (-0.259, 0.210, 0.941), tilted: 98 % to 12 % success on this task."""
-    task = sim.TaskSim("libero_spatial", 5, render="none")
+    task = TaskSim("libero_spatial", 5, render="none")
     episode = task.episode()
     episode.reset(0)
     position, _ = episode.privileged()["objects"]["akita_black_bowl_1"]
@@ -312,7 +313,7 @@ def test_continuation_from_a_saved_state_is_bit_equal(task):
 
 def test_episodes_do_not_disturb_each_other():
     """Fixtures are part of the shared model: two episodes in turn, with different fixtures, equal each one alone."""
-    task = sim.TaskSim("libero_10", 3, render="none")
+    task = TaskSim("libero_10", 3, render="none")
     actions = np.random.default_rng(3).uniform(-1, 1, (12, 7))
 
     def fresh(seed):
@@ -369,7 +370,7 @@ def test_another_task_costs_little_memory(task):
     import psutil
 
     before = psutil.Process().memory_info().rss
-    second = sim.TaskSim("libero_object", 1)
+    second = TaskSim("libero_object", 1)
     episode = second.episode()
     episode.reset(0)
     episode.render()
@@ -382,15 +383,15 @@ def test_another_task_costs_little_memory(task):
 
 def test_unknown_names(task):
     with pytest.raises(UserError, match="libero_spatial"):
-        sim.num_tasks("libero_objects")
+        suites.num_tasks("libero_objects")
     with pytest.raises(UserError, match="libero_spatial"):
-        sim.TaskSim("nonsense", 0)
+        TaskSim("nonsense", 0)
     with pytest.raises(UserError, match="0 to 9"):
-        sim.TaskSim("libero_object", 10)
+        TaskSim("libero_object", 10)
     with pytest.raises(UserError, match="0 to 9"):
-        sim.check_task_ids("libero_object", [-1])
+        suites.check_task_ids("libero_object", [-1])
     with pytest.raises(UserError, match="light"):
-        sim.TaskSim("libero_object", 0, render="pretty")
+        TaskSim("libero_object", 0, render="pretty")
     for init_state in (-1, 50):
         with pytest.raises(UserError, match="0 to 49"):
             task.episode().reset(init_state)
@@ -406,7 +407,7 @@ def test_unknown_names(task):
     ],
 )
 def test_without_egl_there_is_one_line(broken, words):
-    code = "from common import main_guard\ndef main():\n import sim; sim.check_egl()\nmain_guard(main)()"
+    code = "from support.errors import main_guard\ndef main():\n import simulator.render as r; r.check_egl()\nmain_guard(main)()"
     environment = {"MUJOCO_GL": "egl", **os.environ, **broken}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -424,11 +425,11 @@ def test_mesh_cache_saves_the_work_and_survives_any_damage(tmp_path, monkeypatch
     corner = (np.arange(n)[:, None] * (n + 1) + np.arange(n)).reshape(-1, 1)
     face = np.concatenate([corner + [0, n + 1, 1], corner + [1, n + 1, n + 2]])
     arrays = vert, face, np.tile([0.0, 0.0, 1.0], (len(vert), 1)), face, None, None
-    first = sim._decimate_cached("key", arrays, 100)
+    first = render._decimate_cached("key", arrays, 100)
     assert len(first[1]) < len(face) and first[3] is None
     (file,) = (tmp_path / "vla_rl" / "meshes").iterdir()  # and no temporary one beside it
     good, written = file.read_bytes(), file.stat().st_mtime_ns
-    cached = sim._decimate_cached("key", arrays, 100)
+    cached = render._decimate_cached("key", arrays, 100)
     assert all(np.array_equal(a, b) for a, b in zip(first[:3], cached[:3], strict=True)) and cached[3] is None
     assert file.stat().st_mtime_ns == written
     rng = np.random.default_rng(0)
@@ -437,10 +438,10 @@ def test_mesh_cache_saves_the_work_and_survives_any_damage(tmp_path, monkeypatch
     damaged += [good[: b // 8] + bytes([good[b // 8] ^ 1 << b % 8]) + good[b // 8 + 1 :] for b in bits]
     for data in damaged:
         file.write_bytes(data)
-        again = sim._decimate_cached("key", arrays, 100)
+        again = render._decimate_cached("key", arrays, 100)
         assert all(np.array_equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-    sim._decimate_cached("another key", arrays, 100)  # such as another version of MuJoCo
-    sim._decimate_cached("key", arrays, 90)
+    render._decimate_cached("another key", arrays, 100)  # such as another version of MuJoCo
+    render._decimate_cached("key", arrays, 90)
     assert len(list(file.parent.iterdir())) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # cannot be written
-    assert np.array_equal(sim._decimate_cached("key", arrays, 100)[1], first[1])
+    assert np.array_equal(render._decimate_cached("key", arrays, 100)[1], first[1])

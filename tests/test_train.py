@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import runs
+from support import runs
 import train
 from policy import build_tiny
 from ppo import RolloutBuffer

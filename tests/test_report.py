@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runs
-from common import UserError, wilson_interval, write_film
+from support import report
+from support.errors import UserError
+from support.files import write_film
+from support.statistics import wilson_interval
 from eval import _write_video
 
 
@@ -22,7 +24,7 @@ def test_before_after_shows_the_state_that_was_lost_and_is_won(tmp_path):
         film(tmp_path / "start", task, lost, 9, 40 + 20 * task)
         film(tmp_path / "trained", task, won, 5, 140 + 20 * task)
     path = tmp_path / "both.gif"
-    assert runs.before_after_gif(path, tmp_path / "start", tmp_path / "trained", side=64)
+    assert report.before_after_gif(path, tmp_path / "start", tmp_path / "trained", side=64)
     with Image.open(path) as gif:
         assert gif.size == (128, 64) and gif.n_frames > 1
         gif.seek(0)
@@ -34,7 +36,7 @@ def test_before_after_shows_the_state_that_was_lost_and_is_won(tmp_path):
 def test_without_such_a_state_there_is_no_film(tmp_path):
     film(tmp_path / "start", 0, True, 4, 90)
     film(tmp_path / "trained", 0, True, 4, 90)
-    assert not runs.before_after_gif(tmp_path / "both.gif", tmp_path / "start", tmp_path / "trained")
+    assert not report.before_after_gif(tmp_path / "both.gif", tmp_path / "start", tmp_path / "trained")
     assert not (tmp_path / "both.gif").exists()
 
 
@@ -57,20 +59,20 @@ def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path
     a = a_run(tmp_path / "a", "sum", 0, [(0, 4, 10), (1024, 6, 10)], {"start": (20, 50), "trained": (40, 50)})
     b = a_run(tmp_path / "b", "sum", 1, [(0, 5, 10), (1024, 7, 10)], {"start": (30, 50), "trained": (45, 50)})
     c = a_run(tmp_path / "c", "none", 0, [(0, 5, 10)], {"start": (25, 50), "trained": (26, 50)})
-    assert runs.evaluations(a)[0] == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
-    table = runs.compare([a, b, c], tmp_path / "plot.png")
+    assert report.evaluations(a)[0] == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
+    table = report.compare([a, b, c], tmp_path / "plot.png")
     low, high = wilson_interval(85, 100)
     assert f"| sum | all | 2,048 | 85.0 % | {100 * low:.1f} to {100 * high:.1f} | 100 |" in table
     assert "| none | 0 | 0 | 50.0 % |" in table and "| none | all |" not in table
     by_eval = json.dumps({"total": {"successes": 30, "episodes": 60}})  # eval.py's, of the run's policy: no start policy there
     (Path(c) / "results.json").write_text(by_eval)
-    assert runs.evaluations(c)[0] == [(0, 5, 10), (2048, 30, 60)]
+    assert report.evaluations(c)[0] == [(0, 5, 10), (2048, 30, 60)]
     assert Image.open(tmp_path / "plot.png").width > 500
 
 
 def test_not_a_run_directory_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
-        runs.evaluations(tmp_path)
+        report.evaluations(tmp_path)
 
 
 def test_film_shows_the_scores_as_a_strip(tmp_path):
@@ -79,7 +81,7 @@ def test_film_shows_the_scores_as_a_strip(tmp_path):
 
     T, scores = 6, [0.1, 0.9, 0.5, 0.3, 1.0, 0.0]
     frames = [np.full((64, 64, 3), 120, np.uint8)] * T
-    runs.write_video(tmp_path / "film.mp4", frames, [0.0] * T, [0.0] * T, scores, [0, 0, 0, -1, 0, 0], fps=5, first=3)
+    report.write_video(tmp_path / "film.mp4", frames, [0.0] * T, [0.0] * T, scores, [0, 0, 0, -1, 0, 0], fps=5, first=3)
     with imageio.get_reader(tmp_path / "film.mp4") as reader:
         film = [np.asarray(frame, int) for frame in reader]
     assert len(film) == T and film[0].shape[0] > film[0].shape[1]  # the strip makes it higher than wide
@@ -107,5 +109,5 @@ def test_runs_that_cannot_be_compared_are_one_line(tmp_path, points, final, what
     for directory in (a, b):
         (Path(directory) / "results.json").unlink()
     with pytest.raises(UserError, match=what):
-        runs.compare([a, b], tmp_path / "plot.png")
+        report.compare([a, b], tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()

@@ -3,7 +3,7 @@
 # On 2 CPU cores about 20 minutes of demonstrations, 25 of SFT, 25 for RPRM and 45 per RL run. Results land in $OUT.
 # Each step is skipped where its result is already there, so the script goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 SUITE=${SUITE:-libero_object}
 OUT=${OUT:-runs/reproduce}
 PY=${PY:-.venv/bin/python}
@@ -36,4 +36,4 @@ for mode in potential none; do # with and without RPRM: Table 2, first row, at t
     fi
   done
 done
-$PY runs.py --runs "$(printf '%s,' "$OUT"/rl-{potential,none}-seed{0,1,2} | sed 's/,$//')" --out "$OUT/success.png" | tee "$OUT/success.md"
+$PY -m support.report --runs "$(printf '%s,' "$OUT"/rl-{potential,none}-seed{0,1,2} | sed 's/,$//')" --out "$OUT/success.png" | tee "$OUT/success.md"

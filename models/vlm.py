@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, atomic_write, read_json
+from support.errors import UserError
+from support.files import atomic_write, read_json
 from policy import ActionTokenizer, explain_out_of_memory, normalize_actions, policy_convention, unnormalize_actions
 from reward_model import prior_of, score_of
 

@@ -1,8 +1,8 @@
 """The model part of bench.py: decoding and PPO updates against transformers on the same weights, and 7B on a GPU.
 
-    python bench.py decode                            # actions/s of batched decoding, against transformers' `generate`
-    python bench.py update                            # samples/s of a PPO update, against a plain one on transformers
-    python bench.py gpu                               # random 7B weights: memory and times on one GPU, in minutes
+    python -m bench decode                            # actions/s of batched decoding, against transformers' `generate`
+    python -m bench update                            # samples/s of a PPO update, against a plain one on transformers
+    python -m bench gpu                               # random 7B weights: memory and times on one GPU, in minutes
 
 Variants of a comparison take turns, so that whatever else the machine does hits all of them, and are checked to compute the
 same: equal tokens, equal log-probs.
@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, atomic_write
+from support.errors import UserError
+from support.files import atomic_write
 
 
 def machine():
@@ -41,7 +42,7 @@ def machine():
 # decode, update: the model against transformers on the same weights
 # --------------------------------------------------------------------------------------------------------------------
 
-TINY_POLICY = Path(__file__).resolve().parent / "checkpoints" / "libero_object" / "policy"
+TINY_POLICY = Path(__file__).resolve().parent.parent / "checkpoints" / "libero_object" / "policy"
 _MODEL = {"help": "checkpoint directory or hub id", "default": "openvla-tiny"}
 _DEVICE = {"help": "where to run; auto: the GPU where there is one", "choices": ("auto", "cpu", "cuda")}
 
@@ -226,7 +227,7 @@ def decode_model(model, batch, rounds, device, with_compiled=False):
 
 
 def decode(args):
-    """Returns the numbers of `python bench.py decode` as a dict."""
+    """Returns the numbers of `python -m bench decode` as a dict."""
     device, dtype, name = _device(args.device)
     model = _load(args.model, device, dtype)
     return dict(model=args.model, device=name, dtype=str(dtype), **decode_model(model, args.batch, args.rounds, device, args.compile))
@@ -336,7 +337,7 @@ def _updater(actor_critic, buffer, micro_batch_size):
 
 
 def update(args):
-    """Returns the numbers of `python bench.py update` as a dict. All variants: two adapters on the language layers."""
+    """Returns the numbers of `python -m bench update` as a dict. All variants: two adapters on the language layers."""
     from policy import ActorCritic
 
     device, dtype, name = _device(args.device)
@@ -499,7 +500,7 @@ def _median_ms(run, rounds, device):
 
 
 def gpu(args):
-    """Returns the numbers of `python bench.py gpu` as a dict. Every stage is one that `train.py` goes through."""
+    """Returns the numbers of `python -m bench gpu` as a dict. Every stage is one that `train.py` goes through."""
     import gc
 
     import torch

@@ -1,15 +1,15 @@
 """The benchmarks that README quotes, one sub-command each. Every one prints a table and writes JSON.
 
-    python bench.py envs                              # LIBERO environments: stock against ours, and what workers add
-    python bench.py envs --suite libero_spatial --out runs/bench-envs-spatial.json
-    python bench.py pictures                          # light against exact, every task of four suites
-    python bench.py leak                              # memory of the workers over 1,000 episodes
-    python bench.py rollout                           # train.py's rollout, environments all at once or in groups
-    python bench.py soak --minutes 60                 # training while its workers are killed and stopped at random
-    python bench.py scaling                           # train.py on 1, 2, 4 ... ranks, and a simulation up to 64
-    python bench.py decode                            # actions/s of batched decoding, against transformers' `generate`
-    python bench.py update                            # samples/s of a PPO update, against a plain one on transformers
-    python bench.py gpu                               # random 7B weights: memory and times on one GPU, in minutes
+    python -m bench envs                              # LIBERO environments: stock against ours, and what workers add
+    python -m bench envs --suite libero_spatial --out runs/bench-envs-spatial.json
+    python -m bench pictures                          # light against exact, every task of four suites
+    python -m bench leak                              # memory of the workers over 1,000 episodes
+    python -m bench rollout                           # train.py's rollout, environments all at once or in groups
+    python -m bench soak --minutes 60                 # training while its workers are killed and stopped at random
+    python -m bench scaling                           # train.py on 1, 2, 4 ... ranks, and a simulation up to 64
+    python -m bench decode                            # actions/s of batched decoding, against transformers' `generate`
+    python -m bench update                            # samples/s of a PPO update, against a plain one on transformers
+    python -m bench gpu                               # random 7B weights: memory and times on one GPU, in minutes
 
 `envs` compares four ways to run the same task: the stock environment with its two default cameras, the stock
 environment with `agentview` alone, ours with `exact` pictures and ours with `light` ones. Three rules keep it fair:
@@ -38,8 +38,10 @@ from typing import Optional
 import numpy as np
 from tqdm import tqdm
 
-from bench_model import DecodeArgs, GpuArgs, UpdateArgs, decode, gpu, machine, print_decode, print_gpu, print_update, update
-from common import UserError, atomic_write, main_guard, parse_command
+from bench.model import DecodeArgs, GpuArgs, UpdateArgs, decode, gpu, machine, print_decode, print_gpu, print_update, update
+from support.cli import parse_command
+from support.errors import main_guard, UserError
+from support.files import atomic_write
 
 # --------------------------------------------------------------------------------------------------------------------
 # envs
@@ -94,10 +96,9 @@ class _Stock:
 
 class _Ours:
     def __init__(self, kind, suite, task_id):
-        import sim
+        from simulator.task import TaskSim
 
-        self.sim = sim
-        self.task = sim.TaskSim(suite, task_id, render=kind.split()[1])
+        self.task = TaskSim(suite, task_id, render=kind.split()[1])
         self.episode = self.task.episode()
 
     def reset(self, init_state):
@@ -116,7 +117,7 @@ class _Ours:
         """
         import mujoco
 
-        from sim import SUBSTEPS, _stock_solves
+        from simulator.controller import stock_solves, SUBSTEPS
 
         model, data = self.task.model, self.episode.data
         self.episode.reset(0)
@@ -125,7 +126,7 @@ class _Ours:
             state, times = self.episode.get_state(), [time.perf_counter()]
             for _ in range(SUBSTEPS):
                 mujoco.mj_step1(model, data)
-                _stock_solves(model, data, 2)
+                stock_solves(model, data, 2)
                 mujoco.mj_step2(model, data)
             times.append(time.perf_counter())
             self.episode.set_state(state)
@@ -145,8 +146,11 @@ class _Ours:
     def more(self):
         """What growing costs, in MB: another task of the suite, and another episode of it."""
         before = _memory()
-        other = (self.task.task_id + 1) % self.sim.num_tasks(self.task.suite)
-        task = self.sim.TaskSim(self.task.suite, other, render=self.task.render_mode)
+        from simulator.suites import num_tasks
+        from simulator.task import TaskSim
+
+        other = (self.task.task_id + 1) % num_tasks(self.task.suite)
+        task = TaskSim(self.task.suite, other, render=self.task.render_mode)
         first = task.episode()
         first.reset(0)
         first.render()
@@ -187,11 +191,11 @@ def _turn(player, seconds, seed):
 def _variant(conn, kind, suite, task_id):
     """Process of one variant: builds it, then measures what the main process asks for, one thing at a time."""
     try:
-        from common import silence_third_party
+        from support.quiet import silence_third_party
 
         silence_third_party()
-        if kind.startswith("ours"):  # not for stock: importing sim switches off MuJoCo's cache, which stock resets use
-            import sim  # noqa: F401
+        if kind.startswith("ours"):  # not for stock: this switches off MuJoCo's cache, which stock resets use
+            import simulator.memory  # noqa: F401
         imports, began = _memory(), time.perf_counter()
         player = (_Ours if kind.startswith("ours") else _Stock)(kind, suite, task_id)
         build = time.perf_counter() - began
@@ -245,10 +249,10 @@ def _workers(args, count):
 
 
 def envs(args):
-    """Returns the numbers of `python bench.py envs` as a dict."""
-    import sim
+    """Returns the numbers of `python -m bench envs` as a dict."""
+    from simulator.suites import check_task_ids
 
-    sim.check_task_ids(args.suite, [args.task_id])
+    check_task_ids(args.suite, [args.task_id])
     cores = len(os.sched_getaffinity(0))
     counts = args.workers or sorted({1, cores})
     os.environ["LP_NUM_THREADS"] = "0"  # for the processes below: Mesa draws in the calling thread
@@ -343,16 +347,17 @@ def psnr(a, b):
 
 
 def pictures(args):
-    """Returns the numbers of `python bench.py pictures` as a dict: light against exact, first frame of initial state 0."""
+    """Returns the numbers of `python -m bench pictures` as a dict: light against exact, first frame of initial state 0."""
     os.environ["LP_NUM_THREADS"] = "0"  # Mesa draws in the calling thread
-    import sim
+    from simulator.suites import check_task_ids
+    from simulator.task import TaskSim
 
-    wanted = [(suite, task) for suite in args.suites.split(",") for task in sim.check_task_ids(suite, args.task_ids)]
+    wanted = [(suite, task) for suite in args.suites.split(",") for task in check_task_ids(suite, args.task_ids)]
     rows = []
     for suite, task_id in tqdm(wanted, desc="pictures", unit="task", leave=False):
         frames, times = {}, {}
         for kind in ("exact", "light"):
-            task = sim.TaskSim(suite, task_id, render=kind)
+            task = TaskSim(suite, task_id, render=kind)
             episode = task.episode()
             episode.reset(0)
             frames[kind], spent = episode.render(), []
@@ -395,7 +400,7 @@ class LeakArgs:
 
 
 def leak(args):
-    """Returns the numbers of `python bench.py leak` as a dict: MB of each worker whenever 50 more episodes have ended."""
+    """Returns the numbers of `python -m bench leak` as a dict: MB of each worker whenever 50 more episodes have ended."""
     import psutil
 
     from envs import LiberoVecEnv
@@ -449,10 +454,10 @@ class RolloutArgs:
 
 
 def rollout(args):
-    """Returns the numbers of `python bench.py rollout` as a dict: decisions/s of train.py's rollout, storing left out."""
+    """Returns the numbers of `python -m bench rollout` as a dict: decisions/s of train.py's rollout, storing left out."""
     import torch
 
-    import sim
+    from simulator.render import default_render
     import train
     from envs import LiberoVecEnv
     from policy import ActorCritic, OpenVLA
@@ -463,7 +468,7 @@ def rollout(args):
     actor_critic = ActorCritic(model, targets="language")
     actor_critic.merge_for_rollout()
     n, turns = args.num_envs, {g: [] for g in args.groups}
-    envs = LiberoVecEnv(args.suite, n, args.task_ids, action_repeat=model.action_repeat, render=sim.default_render(),
+    envs = LiberoVecEnv(args.suite, n, args.task_ids, action_repeat=model.action_repeat, render=default_render(),
                         num_workers=args.num_workers)
     samplers = [torch.Generator().manual_seed(i) for i in range(n)]
     bar = tqdm(total=args.rounds * len(turns), desc="rollouts", unit="turn", leave=False)
@@ -577,13 +582,13 @@ def audited_training(report):
 
 
 def soak(args):
-    """Returns the numbers of `python bench.py soak` as a dict."""
+    """Returns the numbers of `python -m bench soak` as a dict."""
     import psutil
 
-    rng, here = np.random.default_rng(args.seed), Path(__file__).resolve().parent
+    rng, here = np.random.default_rng(args.seed), Path(__file__).resolve().parent.parent
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     report, errors = folder / "audit.json", folder / "stderr.txt"
-    code = f"import sys; sys.path.insert(0, {str(here)!r}); import bench; bench.audited_training({str(report)!r})"
+    code = f"import sys; sys.path.insert(0, {str(here)!r}); from bench import environments; environments.audited_training({str(report)!r})"
     flags = dict(suite=args.suite, task_ids=",".join(map(str, args.task_ids)), num_envs=args.num_envs, seed=args.seed,
                  num_workers=args.num_workers, num_steps=args.num_steps, out=folder / "run", total_steps=10**9,
                  max_episode_steps=80, eval_every=0, critic_warmup=1, video_every=5, final_episodes=0)
@@ -661,7 +666,7 @@ def print_soak(r):
           f"the last fifth; worker that grew most: {megabytes(r['growth_workers'])}\n"
           f"end              {r['exit_seconds']:.1f} s after SIGTERM, code {r['exit_code']}, {r['orphans']} orphans")
     if r["minutes"] < 60:
-        print("the full hour: python bench.py soak --minutes 60")
+        print("the full hour: python -m bench soak --minutes 60")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -712,7 +717,7 @@ def _train_run(args, model, ranks, out):
                  video_every=0, out=out)
     command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    run = subprocess.run([sys.executable, *torchrun, "train.py", *command], cwd=Path(__file__).resolve().parent,
+    run = subprocess.run([sys.executable, *torchrun, "train.py", *command], cwd=Path(__file__).resolve().parent.parent,
                          capture_output=True, text=True)
     if run.returncode:
         said = [line for line in run.stderr.splitlines() if line.startswith("error: ")] or [run.stderr.strip()[-300:]]
@@ -726,14 +731,14 @@ def _inference_ms(model_path, suite, envs):
     """Median milliseconds from pictures to tokens and values, for one environment and for `envs`; adapters in MB."""
     import torch
 
-    import sim
+    from simulator.suites import instructions
     from policy import ActorCritic, OpenVLA
 
     cuda = torch.cuda.is_available()
     model = OpenVLA.from_pretrained(model_path, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
     actor_critic = ActorCritic(model, targets="language" if "vision_configs" in model.config else "all")
     actor_critic.merge_for_rollout()
-    instruction, times = sim.instructions(suite)[0], {}
+    instruction, times = instructions(suite)[0], {}
     for n in (1, envs):
         frames = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), np.uint8)
         seconds = []
@@ -779,7 +784,7 @@ def balanced_envs(gpus, parts, args, cores, share=0.1):
 
 
 def scaling(args):
-    """Returns the numbers of `python bench.py scaling` as a dict."""
+    """Returns the numbers of `python -m bench scaling` as a dict."""
     import tempfile
 
     import torch

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import common
+from support import cli, errors, files, machine, statistics
 
 
 def flag(value, help_text, **metadata):
@@ -35,7 +35,7 @@ class Args:
 
 
 def parse(*argv):
-    return common.parse_args(Args, "Train.", list(argv))
+    return cli.parse_args(Args, "Train.", list(argv))
 
 
 def test_defaults_are_those_of_the_dataclass():
@@ -107,9 +107,9 @@ def test_a_field_without_default_is_required(capsys):
     class Needs:
         checkpoint: Path = field(metadata={"help": "weights"})
 
-    assert common.parse_args(Needs, "", ["--checkpoint", "x"]).checkpoint == Path("x")
+    assert cli.parse_args(Needs, "", ["--checkpoint", "x"]).checkpoint == Path("x")
     with pytest.raises(SystemExit):
-        common.parse_args(Needs, "", [])
+        cli.parse_args(Needs, "", [])
     assert "--checkpoint" in capsys.readouterr().err
 
 
@@ -122,8 +122,8 @@ def test_a_combination_that_the_dataclass_refuses_is_a_user_error():
             if self.a == 3:
                 raise ValueError("a must not be 3")
 
-    with pytest.raises(common.UserError, match="a must not be 3"):
-        common.parse_args(Picky, "", ["--a", "3"])
+    with pytest.raises(errors.UserError, match="a must not be 3"):
+        cli.parse_args(Picky, "", ["--a", "3"])
 
 
 def test_sub_commands(capsys):
@@ -132,10 +132,10 @@ def test_sub_commands(capsys):
         workers: int = flag(2, "workers")
 
     commands = {"train": (Args, "Train at 100 %."), "envs": (Envs, "Time the environments.")}
-    assert common.parse_command(commands, "Bench.", ["envs", "--workers", "3"]) == ("envs", Envs(3))
+    assert cli.parse_command(commands, "Bench.", ["envs", "--workers", "3"]) == ("envs", Envs(3))
     for wrong in ([], ["nothing"], ["envs", "--lr", "1"]):
         with pytest.raises(SystemExit) as stop:
-            common.parse_command(commands, "Bench.", wrong)
+            cli.parse_command(commands, "Bench.", wrong)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
@@ -144,7 +144,7 @@ def test_sub_commands(capsys):
 
 
 def guarded(exc, capsys):
-    @common.main_guard
+    @errors.main_guard
     def main():
         raise exc
 
@@ -156,13 +156,13 @@ def guarded(exc, capsys):
 
 
 def test_main_guard(capsys):
-    assert guarded(common.UserError("no such suite:\n  libero"), capsys) == (1, "error: no such suite: libero\n")
+    assert guarded(errors.UserError("no such suite:\n  libero"), capsys) == (1, "error: no such suite: libero\n")
     assert guarded(KeyboardInterrupt(), capsys)[0] == 130
     full = OSError(errno.ENOSPC, "No space left on device", "/x")
     assert guarded(full, capsys) == (1, "error: No space left on device: /x\n")
-    assert common.main_guard(lambda x: x + 1)(1) == 2
+    assert errors.main_guard(lambda x: x + 1)(1) == 2
 
-    @common.main_guard
+    @errors.main_guard
     def bug():
         return {}["key"]
 
@@ -173,20 +173,20 @@ def test_main_guard(capsys):
 def run_python(code, **options):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-        cwd=Path(common.__file__).parent, **options,
+        cwd=Path(errors.__file__).parent.parent, **options,
     )  # fmt: skip
 
 
 def test_user_error_before_main_is_one_line_too():
-    result = run_python("import common; raise common.UserError('broken')")
+    result = run_python("from support import errors; raise errors.UserError('broken')")
     assert (result.returncode, result.stderr) == (1, "error: broken\n")
 
 
 def test_a_closed_pipe_is_not_an_error():
-    code = "import common\n@common.main_guard\ndef main():\n for i in range(10**6): print(i)\nmain()"
+    code = "from support import errors\n@errors.main_guard\ndef main():\n for i in range(10**6): print(i)\nmain()"
     result = subprocess.run(
         f'set -o pipefail; "{sys.executable}" -c "{code}" | head -1', shell=True, executable="/bin/bash",
-        capture_output=True, text=True, timeout=60, cwd=Path(common.__file__).parent,
+        capture_output=True, text=True, timeout=60, cwd=Path(errors.__file__).parent.parent,
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (141, "0\n", "")
 
@@ -196,9 +196,9 @@ def test_a_closed_pipe_is_not_an_error():
 
 def test_atomic_write(tmp_path):
     path = tmp_path / "new" / "file.json"
-    common.atomic_write(path, "grün")
+    files.atomic_write(path, "grün")
     assert path.read_text(encoding="utf-8") == "grün"
-    common.atomic_write(str(path), b"\x00\x01")
+    files.atomic_write(str(path), b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01" and os.listdir(path.parent) == ["file.json"]
     umask = os.umask(0)
     os.umask(umask)
@@ -208,14 +208,14 @@ def test_atomic_write(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, call):
     path = tmp_path / "checkpoint"
-    common.atomic_write(path, "old")
+    files.atomic_write(path, "old")
 
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(common.UserError, match=r"cannot write .*checkpoint: No space left on device"):
-        common.atomic_write(path, "new")
+    with pytest.raises(errors.UserError, match=r"cannot write .*checkpoint: No space left on device"):
+        files.atomic_write(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["checkpoint"]
 
@@ -224,7 +224,7 @@ def test_a_kill_during_the_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoint"
     path.write_text("old")
     code = (
-        f"import os, common; os.fsync = lambda fd: os.kill(os.getpid(), 9); common.atomic_write({str(path)!r}, 'new')"
+        f"import os; from support import files; os.fsync = lambda fd: os.kill(os.getpid(), 9); files.atomic_write({str(path)!r}, 'new')"
     )
     assert run_python(code).returncode == -9
     assert path.read_text() == "old"
@@ -233,24 +233,24 @@ def test_a_kill_during_the_write_leaves_the_old_file(tmp_path):
 def test_unwritable_places_are_user_errors(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "below", tmp_path, Path("/proc/nothing/here")):
-        with pytest.raises(common.UserError, match="cannot write"):
-            common.atomic_write(path, "x")
+        with pytest.raises(errors.UserError, match="cannot write"):
+            files.atomic_write(path, "x")
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_safe_name_examples():
-    assert common.safe_name("pick up the alphabet soup and place it in the basket") == (
+    assert files.safe_name("pick up the alphabet soup and place it in the basket") == (
         "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
     )
-    assert common.safe_name("../../etc/passwd") == "etc_passwd"
-    assert common.safe_name("") == common.safe_name("..") == "unnamed"
-    assert common.safe_name("a" * 300) != common.safe_name("a" * 301)
+    assert files.safe_name("../../etc/passwd") == "etc_passwd"
+    assert files.safe_name("") == files.safe_name("..") == "unnamed"
+    assert files.safe_name("a" * 300) != files.safe_name("a" * 301)
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.text(st.characters(), max_size=300))
 def test_safe_name_is_always_one_plain_file_name(text):
-    name = common.safe_name(text)
+    name = files.safe_name(text)
     assert 0 < len(name) <= 100 and name == os.path.basename(name) and name[0] not in ".-" and name.isascii()
     assert not set(name) & set("/\\\0 \n")
 
@@ -266,13 +266,13 @@ def test_safe_name_is_always_one_plain_file_name(text):
     (1, 1, 0.2065, 1.0),
 ])  # fmt: skip
 def test_wilson_interval(successes, n, low, high):
-    assert common.wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
+    assert statistics.wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_interval_holds_the_rate_and_solves_its_equation(case):
     successes, n = case
-    low, high = common.wilson_interval(successes, n)
+    low, high = statistics.wilson_interval(successes, n)
     rate = successes / n
     assert 0 <= low <= rate <= high <= 1
     for p in (low, high):  # its ends are where the score test just rejects: (rate - p)^2 = z^2 p (1 - p) / n
@@ -280,9 +280,9 @@ def test_wilson_interval_holds_the_rate_and_solves_its_equation(case):
 
 
 def test_wilson_interval_without_episodes_and_with_nonsense():
-    assert common.wilson_interval(0, 0) == (0.0, 1.0)
+    assert statistics.wilson_interval(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError):
-        common.wilson_interval(3, 2)
+        statistics.wilson_interval(3, 2)
 
 
 def test_seed_everything():
@@ -292,7 +292,7 @@ def test_seed_everything():
     import torch
 
     def draw():
-        common.seed_everything(5)
+        machine.seed_everything(5)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert draw() == draw()
@@ -302,22 +302,22 @@ def test_seed_everything():
 
 
 def test_missing_libraries_name_the_debian_packages(monkeypatch):
-    monkeypatch.setattr(common, "SYSTEM_LIBRARIES", ("libc.so.6", "libNothing.so.1"))
-    with pytest.raises(common.UserError, match=r"no libNothing.so.1 here; .*apt-get install libegl1 libgl1 "):
-        common.require_system_libraries()
+    monkeypatch.setattr(machine, "SYSTEM_LIBRARIES", ("libc.so.6", "libNothing.so.1"))
+    with pytest.raises(errors.UserError, match=r"no libNothing.so.1 here; .*apt-get install libegl1 libgl1 "):
+        machine.require_system_libraries()
 
 
 def test_help_needs_no_heavy_import():
-    result = run_python("import sys, common; assert not {'torch', 'numpy', 'mujoco'} & set(sys.modules)")
+    result = run_python("import sys; from support import cli, errors, files, machine, quiet; assert not {'torch', 'numpy', 'mujoco'} & set(sys.modules)")
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.libero
 def test_the_simulator_starts_and_ends_without_a_word(tmp_path):
     code = """
-import common
-common.silence_third_party()
-common.silence_third_party()
+from support import cli, errors, files, machine, quiet, statistics
+quiet.silence_third_party()
+quiet.silence_third_party()
 import mujoco, robosuite
 from libero.libero import benchmark
 benchmark.get_benchmark("libero_object")()
@@ -332,8 +332,8 @@ left_open = [MjRenderContextOffscreen(sim, device_id=-1), mujoco.GLContext(64, 6
 @pytest.mark.libero
 def test_physics_warnings_are_said_once_and_leave_no_file(tmp_path):
     code = """
-import common
-common.silence_third_party()
+from support import cli, errors, files, machine, quiet, statistics
+quiet.silence_third_party()
 import os, mujoco
 os.chdir(%r)
 model = mujoco.MjModel.from_xml_string(

@@ -19,7 +19,7 @@ import threading
 import time
 from datetime import timedelta
 
-from common import UserError
+from support.errors import UserError
 
 # torch is imported where it is used: it takes seconds, and `--help` should not.
 
@@ -131,12 +131,12 @@ class World:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         chosen = all(x.isdigit() for x in seen)  # else a single process leaves EGL the choice
         if egl_devices is None and self.device.startswith("cuda") and (chosen or self.local_size > 1):
-            import sim
+            from simulator.render import num_egl_devices
 
             # EGL counts all GPUs of the machine, CUDA only those that it was told to see. And in a container there may be
             # GPUs to compute on, and none that EGL knows: Mesa then draws on the CPU, for all ranks.
             device = int(seen[self.local_rank]) if chosen else self.local_rank
-            egl_devices = [device] if device < sim.num_egl_devices() else None
+            egl_devices = [device] if device < num_egl_devices() else None
         elif egl_devices is not None:
             mine = egl_devices[self.local_rank :: self.local_size]
             egl_devices = mine or [egl_devices[self.local_rank % len(egl_devices)]]

@@ -1,0 +1,64 @@
+"""Errors that a person can fix end as one line on stderr; everything else is a bug and keeps its traceback."""
+
+import errno
+import functools
+import os
+import sys
+
+
+class UserError(Exception):
+    """A problem that the person at the keyboard can fix. The message says what is wrong, where, and what would work."""
+
+
+# Operating-system errors that say something about the machine rather than about this code.
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+_MACHINE_ERRORS |= {errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
+
+def _one_line(text):
+    """One line that any terminal can print: bytes of a flag that are no UTF-8 arrive here as lone surrogates."""
+    return " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
+
+
+def _show_uncaught(kind, exc, traceback):
+    if issubclass(kind, UserError):
+        print(f"error: {_one_line(exc)}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, exc, traceback)
+
+
+# For what fails before `main` is entered: without EGL, importing the simulator is already an error of this kind.
+sys.excepthook = _show_uncaught
+
+
+def main_guard(main):
+    """Decorator for a script's `main()`: UserError ends as one line on stderr and exit 1, Ctrl-C as exit 130."""
+
+    @functools.wraps(main)
+    def guarded(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):  # file names may hold bytes that are no text: show them all the same
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return main(*args, **kwargs)
+        except UserError as exc:
+            print(f"error: {_one_line(exc)}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            # `python eval.py … | head`: the reader has what it wanted. Python flushes stdout once more at exit; give
+            # that flush somewhere to go, or it prints a second error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except OSError as exc:
+            if exc.errno not in _MACHINE_ERRORS:
+                raise
+            where = f": {exc.filename}" if exc.filename else ""
+            print(f"error: {exc.strerror}{where}", file=sys.stderr)
+            sys.exit(1)
+
+    return guarded
