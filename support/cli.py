@@ -15,6 +15,17 @@ from pathlib import Path
 from support.errors import UserError, _one_line
 
 
+def flag(default, help, /, **metadata):
+    """A field of a script's dataclass: `lr: float = flag(1e-3, "learning rate", min=0)`. `parse_args` lists the metadata.
+
+    A list as default is copied for each instance.
+    """
+    metadata = {"help": help, **metadata}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         # argparse would print the whole usage first; one line that names the flag is easier to act on.
