@@ -276,7 +276,7 @@ def test_wilson_interval_holds_the_rate_and_solves_its_equation(case):
     rate = successes / n
     assert 0 <= low <= rate <= high <= 1
     for p in (low, high):  # its ends are where the score test just rejects: (rate - p)^2 = z^2 p (1 - p) / n
-        assert (rate - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
+        assert (rate - p) ** 2 == pytest.approx(1.959963985**2 * p * (1 - p) / n, abs=1e-9)
 
 
 def test_wilson_interval_without_episodes_and_with_nonsense():

@@ -7,20 +7,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval import _write_video
 from support import report
 from support.errors import UserError
 from support.files import write_film
 from support.statistics import wilson_interval
-from eval import _write_video
 
 
 def film(directory, task, success, length, grey):
     frames = [np.full((256, 256, 3), grey, np.uint8)] * length
-    _write_video(directory, frames, {"task_id": task, "init_state": 0, "success": success, "steps": 4 * length}, 4)
+    _write_video(
+        directory, frames, {"task_id": task, "init_state": 0, "success": success, "steps": 4 * length}, 4
+    )
 
 
 def test_before_after_shows_the_state_that_was_lost_and_is_won(tmp_path):
-    for task, lost, won in ((0, False, False), (1, True, True), (2, False, True)):  # only task 2 changed sides
+    for task, lost, won in (
+        (0, False, False),
+        (1, True, True),
+        (2, False, True),
+    ):  # only task 2 changed sides
         film(tmp_path / "start", task, lost, 9, 40 + 20 * task)
         film(tmp_path / "trained", task, won, 5, 140 + 20 * task)
     path = tmp_path / "both.gif"
@@ -45,7 +51,9 @@ def a_run(directory, mode, seed, points, final):
     (directory / "config.json").write_text(json.dumps({"prm_mode": mode, "seed": seed}))
     lines = []
     for i, (at, k, n) in enumerate(points):
-        lines.append({"iteration": i + 1, "charts/decisions": at or 512, "eval/successes": k, "eval/episodes": n})
+        lines.append(
+            {"iteration": i + 1, "charts/decisions": at or 512, "eval/successes": k, "eval/episodes": n}
+        )
         if at == 0:
             lines[-1]["eval/at"] = 0
     lines.append({"iteration": 9, "charts/decisions": 2048})
@@ -64,7 +72,9 @@ def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path
     low, high = wilson_interval(85, 100)
     assert f"| sum | all | 2,048 | 85.0 % | {100 * low:.1f} to {100 * high:.1f} | 100 |" in table
     assert "| none | 0 | 0 | 50.0 % |" in table and "| none | all |" not in table
-    by_eval = json.dumps({"total": {"successes": 30, "episodes": 60}})  # eval.py's, of the run's policy: no start policy there
+    by_eval = json.dumps(
+        {"total": {"successes": 30, "episodes": 60}}
+    )  # eval.py's, of the run's policy: no start policy there
     (Path(c) / "results.json").write_text(by_eval)
     assert report.evaluations(c)[0] == [(0, 5, 10), (2048, 30, 60)]
     assert Image.open(tmp_path / "plot.png").width > 500
@@ -81,7 +91,9 @@ def test_film_shows_the_scores_as_a_strip(tmp_path):
 
     T, scores = 6, [0.1, 0.9, 0.5, 0.3, 1.0, 0.0]
     frames = [np.full((64, 64, 3), 120, np.uint8)] * T
-    report.write_video(tmp_path / "film.mp4", frames, [0.0] * T, [0.0] * T, scores, [0, 0, 0, -1, 0, 0], fps=5, first=3)
+    report.write_video(
+        tmp_path / "film.mp4", frames, [0.0] * T, [0.0] * T, scores, [0, 0, 0, -1, 0, 0], fps=5, first=3
+    )
     with imageio.get_reader(tmp_path / "film.mp4") as reader:
         film = [np.asarray(frame, int) for frame in reader]
     assert len(film) == T and film[0].shape[0] > film[0].shape[1]  # the strip makes it higher than wide
@@ -99,10 +111,14 @@ def test_film_shows_the_scores_as_a_strip(tmp_path):
 def test_a_film_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     write_film(tmp_path / "file" / "film.mp4", [np.zeros((64, 64, 3), np.uint8)] * 2, 5)
-    assert capsys.readouterr().err.startswith("warning: no video") and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert capsys.readouterr().err.startswith("warning: no video") and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["file"]
 
 
-@pytest.mark.parametrize("points, final, what", [([], {}, "never evaluated"), ([(512, 1, 2)], {}, "common number")])
+@pytest.mark.parametrize(
+    "points, final, what", [([], {}, "never evaluated"), ([(512, 1, 2)], {}, "common number")]
+)
 def test_runs_that_cannot_be_compared_are_one_line(tmp_path, points, final, what):
     a = a_run(tmp_path / "a", "none", 0, points, final)
     b = a_run(tmp_path / "b", "none", 1, [(1024, 1, 2)], final)
