@@ -30,15 +30,14 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from experts import PickAndPlaceExpert, disturb
 from support.cli import parse_args
-from support.errors import main_guard, UserError
+from support.errors import UserError, main_guard
 from support.files import safe_name
 from support.machine import die_with_parent
 from support.quiet import progress_bar
 from support.statistics import wilson_interval
 
-METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
-GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z
 MAX_DECISIONS = 70  # per recorded episode: 280 control steps, libero_object's limit
 
 
@@ -49,17 +48,23 @@ class Args:
         default=None, metadata={"help": "comma-separated task ids", "default": "all tasks", "min": 0}
     )
     num_demos: int = field(default=60, metadata={"help": "successful demonstrations to record per task"})
-    out: str = field(default="data", metadata={"help": "directory; files go to <out>/<suite>/<task>_demo.hdf5"})
+    out: str = field(
+        default="data", metadata={"help": "directory; files go to <out>/<suite>/<task>_demo.hdf5"}
+    )
     action_repeat: int = field(
         default=4, metadata={"help": "control steps per recorded decision (openvla-tiny acts every 4)"}
     )
     noise: float = field(
-        default=0.25, metadata={"help": "std of the disturbance of executed translation commands; labels stay clean"}
+        default=0.25,
+        metadata={"help": "std of the disturbance of executed translation commands; labels stay clean"},
     )
     kick: float = field(
-        default=0.08, metadata={"help": "probability per decision of a large random push, a recovery to learn from"}
+        default=0.08,
+        metadata={"help": "probability per decision of a large random push, a recovery to learn from"},
     )
-    resolution: int = field(default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"})
+    resolution: int = field(
+        default=256, metadata={"help": "stored image side in pixels (official LIBERO files: 128)"}
+    )
     render: Optional[str] = field(
         default=None,
         metadata={
@@ -73,120 +78,9 @@ class Args:
         default=0, metadata={"help": "seed of placements and disturbances", "min": 0, "max": 2**32 - 1}
     )
     check: bool = field(
-        default=False, metadata={"help": "record nothing; report the undisturbed expert on the 50 test states"}
+        default=False,
+        metadata={"help": "record nothing; report the undisturbed expert on the 50 test states"},
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Experts
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def object_extent(sim, data, name):
-    """World-axis bounding box of an object's collision geometry: (low (3,), high (3,)) in metres."""
-    m, body = sim.model, sim.objects[name]
-    signs = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, -1).T
-    corners = []
-    for g in range(m.ngeom):
-        b = m.geom_bodyid[g]
-        while b and b != body:
-            b = m.body_parentid[b]
-        if b == body and m.geom_contype[g]:
-            centre, half = m.geom_aabb[g][:3], m.geom_aabb[g][3:]
-            corners.append(data.geom_xpos[g] + (centre + signs * half) @ data.geom_xmat[g].reshape(3, 3).T)
-    corners = np.concatenate(corners)
-    return corners.min(0), corners.max(0)
-
-
-class PickAndPlaceExpert:
-    """Grasp one object from above, carry it over a goal, let go. `action(episode)` depends on the current state alone.
-
-    The grasp is read off the scene once per episode: the object's bounding box, its width between the fingers, the goal's
-    height. The fingers open along world y in the arm's rest orientation, so that no rotation is ever commanded.
-    """
-
-    def __init__(self, episode, suite):
-        sim = episode.sim
-        self.target, self.goal = sim.env.obj_of_interest[:2]
-        low, high = object_extent(sim, episode.data, self.target)
-        goal_low, goal_high = object_extent(sim, episode.data, self.goal)
-        self.rest = episode.privileged()["objects"][self.target][0]
-        self.offset = 0.5 * (low + high) - self.rest  # from the body's origin to the middle of its box
-        if suite.startswith("libero_spatial"):
-            # A bowl is wider than the gripper: take it by the rim, on the side of +y. In a drawer the outer finger has no room
-            # beyond its front: both go inside it, and the outer one pulls the rim in.
-            inward = 0.034 if "drawer" in sim.instruction else 0.008
-            self.offset = np.array([0.0, 0.5 * (high[1] - low[1]) - inward, high[2] - 0.02 - self.rest[2]])
-            self.width = 0.014  # what the closed fingers leave of it at the thickest
-            self.carry_height = max(goal_high[2] + 0.1, self.rest[2] + 0.12)
-            self.release_height = goal_high[2] + 0.05
-        else:
-            # As deep as the palm allows (the pads end 3.3 cm below it), and no lower than the fingers clear the floor.
-            self.offset[2] = max(low[2] + 0.012, high[2] - 0.027) - self.rest[2]
-            self.width = high[1] - low[1]
-            # The hand is 20 cm wide, and its palm comes down to 4 cm above the grasp point: lean away from a neighbour that
-            # is taller than that, as far as the opening (8 cm) leaves room.
-            room = max(0.0, 0.5 * (0.08 - self.width) - 0.005)
-            for name in sim.env.env.objects_dict:
-                if name in (self.target, self.goal):
-                    continue
-                near_low, near_high = object_extent(sim, episode.data, name)
-                gap = 0.5 * (near_low + near_high) - 0.5 * (low + high)
-                if near_high[2] > self.rest[2] + self.offset[2] + 0.04 and abs(gap[0]) < 0.08 and abs(gap[1]) < 0.15:
-                    self.offset[1] -= np.sign(gap[1]) * room
-            self.carry_height = goal_high[2] + (self.rest[2] + self.offset[2] - low[2]) + 0.02
-            self.release_height = self.carry_height
-        self.clearance = high[2] - (self.rest[2] + self.offset[2]) + 0.045  # above the grasp point, free of the object
-
-    def action(self, episode):
-        """The clean command (7,) in policy convention (gripper 1 = open, 0 = close) for the episode's current state."""
-        p = episode.privileged()
-        eef, gap = p["eef_pos"], p["gripper_qpos"][0] - p["gripper_qpos"][1]
-        obj, goal = p["objects"][self.target][0], p["objects"][self.goal][0]
-        error = obj + self.offset - eef
-        horizontal = np.linalg.norm(error[:2])
-        started = gap < 0.072  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
-        between = horizontal < (0.03 if started else 0.014) and abs(error[2]) < (0.035 if started else 0.012)
-        gripping = between and gap < self.width + 0.005
-        moved = np.linalg.norm(obj - self.rest)  # a bowl from the cabinet's top ends lower than it began
-        to_goal = goal[:2] - obj[:2]
-        distance = np.linalg.norm(to_goal)
-
-        command = np.zeros(7)
-        if between and moved > 0.02 and distance < 0.03 and (eef[2] < self.release_height + 0.03):
-            command[6] = 1.0  # over the goal: let go
-        elif gripping:
-            # Carry on a slant: rise and travel together, but stay a wall's width short of the goal until high enough.
-            lifted = np.clip(
-                (eef[2] - (self.rest + self.offset)[2]) / (self.carry_height - (self.rest + self.offset)[2]), 0, 1
-            )
-            stop = 0.16 if lifted < 0.75 and distance > 0.1 else 0.0
-            step = np.clip(distance - stop, 0.0, METRES_PER_DECISION / 0.8)
-            command[:2] = 0.8 * to_goal / (distance + 1e-9) * step / METRES_PER_DECISION
-            height = self.release_height + np.clip((distance - 0.03) / 0.04, 0, 1) * (self.carry_height - self.release_height)
-            command[2] = np.clip(0.8 * (height - eef[2]) / METRES_PER_DECISION, -1.0, 1.0)
-            if moved < 0.008:
-                command[:3] *= 0.5  # the first centimetre slowly, while the fingers still tighten
-        elif between:
-            command[:3] = np.clip(0.3 * error / METRES_PER_DECISION, -0.2, 0.2)  # close, holding still
-        else:
-            # Down a funnel: full clearance outside 4 cm, the grasp height within 1 cm, higher still when far away.
-            funnel = self.clearance * np.clip((horizontal - 0.01) / 0.03, 0.0, 1.0) + 0.3 * max(0.0, horizontal - 0.08)
-            # The arm coasts 1 to 3 cm after a full command, so the horizontal gain is low enough to brake in time.
-            command[:3] = np.clip(GAIN * (error + [0.0, 0.0, funnel]) / METRES_PER_DECISION, -1.0, 1.0)
-            command[6] = 1.0
-        return command
-
-
-def disturb(command, rng, noise, kick):
-    """What is executed instead of the clean command: Gaussian noise, now and then a push, rarely a gripper slip."""
-    executed = command.copy()
-    executed[:3] += rng.normal(0.0, noise, 3)
-    if rng.random() < kick:
-        executed[:3] = rng.uniform(-1.0, 1.0, 3)
-    if rng.random() < 0.25 * kick:
-        executed[6] = 1.0 - executed[6]
-    return np.clip(executed, -1.0, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -341,7 +235,11 @@ def write_demos(path, demos, action_repeat, instruction, **attributes):
                     where = obs if key in _OBS else g
                     if key == "agentview_rgb":  # one chunk a frame; gzip 1 halves it for 4 ms
                         where.create_dataset(
-                            key, data=value, chunks=(1, *value.shape[1:]), compression="gzip", compression_opts=1
+                            key,
+                            data=value,
+                            chunks=(1, *value.shape[1:]),
+                            compression="gzip",
+                            compression_opts=1,
                         )
                     else:
                         where.create_dataset(key, data=value)
@@ -412,7 +310,11 @@ def read_demos(path, images=True):
                 obs = g["obs"]
                 steps = len(_numbers(g["actions"], None, 7))
                 # Positions and gripper are for the reward model's labels, which say themselves what they miss.
-                ee_pos = _numbers(obs["ee_pos"], None, 3) if "ee_pos" in obs else _numbers(obs["ee_states"], None, 6)
+                ee_pos = (
+                    _numbers(obs["ee_pos"], None, 3)
+                    if "ee_pos" in obs
+                    else _numbers(obs["ee_states"], None, 6)
+                )
                 gripper = _numbers(obs["gripper_states"], None, 2) if "gripper_states" in obs else None
                 demo = dict(
                     actions=_numbers(g["actions"], steps, 7).astype(np.float64),
@@ -428,8 +330,14 @@ def read_demos(path, images=True):
                 if images:
                     pictures = obs["agentview_rgb"]
                     side = pictures.shape[1]
-                    if pictures.shape != (steps, side, side, 3) or pictures.dtype != np.uint8 or not 8 <= side <= 2048:
-                        raise ValueError(f"agentview_rgb is {pictures.dtype} {pictures.shape} beside {steps} actions")
+                    if (
+                        pictures.shape != (steps, side, side, 3)
+                        or pictures.dtype != np.uint8
+                        or not 8 <= side <= 2048
+                    ):
+                        raise ValueError(
+                            f"agentview_rgb is {pictures.dtype} {pictures.shape} beside {steps} actions"
+                        )
                     demo["agentview"] = np.ascontiguousarray(np.asarray(pictures)[:, ::-1, ::-1])
                 yield demo
     except UserError:
@@ -443,7 +351,12 @@ def read_demos(path, images=True):
 def _numbers(dataset, steps, width):
     """(steps, width) numbers of an HDF5 dataset, NaN included; None: any number of them. Raises ValueError."""
     rows, columns = dataset.shape  # an AttributeError or ValueError for what is no table
-    if dataset.dtype.kind not in "fiu" or steps not in (None, rows) or width not in (None, columns) or not rows:
+    if (
+        dataset.dtype.kind not in "fiu"
+        or steps not in (None, rows)
+        or width not in (None, columns)
+        or not rows
+    ):
         wanted = f"({steps or 'T'}, {width or 'any'})"
         raise ValueError(f"{dataset.name} is {dataset.dtype} {dataset.shape}, expected {wanted}")
     return np.asarray(dataset)
@@ -460,7 +373,9 @@ def _instruction(data, path):
 
 @main_guard
 def main():
-    args = parse_args(Args, "Record scripted demonstrations in LIBERO's HDF5 layout, or check the scripted experts.")
+    args = parse_args(
+        Args, "Record scripted demonstrations in LIBERO's HDF5 layout, or check the scripted experts."
+    )
     if args.num_demos < 1 or args.action_repeat < 1:
         raise UserError("--num-demos and --action-repeat must be at least 1")
     if args.resolution not in (64, 128, 256):
@@ -482,10 +397,15 @@ def main():
     # Neighbouring jobs are the same task's shares, so that both workers leave a task at about the same time.
     jobs = [(args, t, share, shares) for t in task_ids for share in range(shares)]
     results = {}
-    os.environ["OMP_NUM_THREADS"], os.environ["LP_NUM_THREADS"] = "1", "0"  # Mesa draws in the calling thread (envs.py)
+    os.environ["OMP_NUM_THREADS"], os.environ["LP_NUM_THREADS"] = (
+        "1",
+        "0",
+    )  # Mesa draws in the calling thread (envs.py)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, initializer=_start_worker) as pool:
-        bar = progress_bar(total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part")
+        bar = progress_bar(
+            total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part"
+        )
         for task_id, result in pool.imap_unordered(_work, jobs):
             results.setdefault(task_id, []).append(result)
             bar.update()
@@ -505,7 +425,9 @@ def main():
                 attempts = sum(r[1] for r in results[task_id])
                 path = demo_path(args.out, args.suite, results[task_id][0][2])
                 merge_parts(parts, path)
-                tqdm.write(f"task {task_id}: {args.num_demos} demonstrations of {attempts} attempts -> {path}")
+                tqdm.write(
+                    f"task {task_id}: {args.num_demos} demonstrations of {attempts} attempts -> {path}"
+                )
         bar.close()
 
 

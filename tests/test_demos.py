@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import demos
+from experts import disturb
 from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,9 @@ def test_files_round_trip_and_turn_images_upright(tmp_path):
         np.testing.assert_array_equal(read["agentview"], np.rot90(original["agentview_rgb"], 2, axes=(1, 2)))
         assert read["instruction"] == "pick up the cup"
     with h5py.File(path) as f:  # LIBERO's own names
-        assert f["data/demo_0/obs/agentview_rgb"].shape == (5, 8, 8, 3) and f["data/demo_1/dones"][:].tolist() == [
+        assert f["data/demo_0/obs/agentview_rgb"].shape == (5, 8, 8, 3) and f["data/demo_1/dones"][
+            :
+        ].tolist() == [
             0,
             0,
             1,
@@ -104,8 +107,8 @@ def test_missing_demonstrations_name_the_command(tmp_path):
 def test_disturbance_keeps_commands_in_range_and_is_off_at_zero():
     rng = np.random.default_rng(0)
     command = np.array([1.0, -1.0, 0.3, 0, 0, 0, 1.0])
-    np.testing.assert_array_equal(demos.disturb(command, rng, 0.0, 0.0), command)
-    many = np.stack([demos.disturb(command, rng, 0.5, 0.5) for _ in range(200)])
+    np.testing.assert_array_equal(disturb(command, rng, 0.0, 0.0), command)
+    many = np.stack([disturb(command, rng, 0.5, 0.5) for _ in range(200)])
     assert np.abs(many).max() <= 1.0 and (many[:, 3:6] == 0).all() and 0 < (many[:, 6] == 0).sum() < 100
 
 
@@ -120,7 +123,10 @@ def test_disturbance_keeps_commands_in_range_and_is_off_at_zero():
 )
 def test_bad_flags_are_one_line(tmp_path, flags, what):
     run = subprocess.run(
-        [sys.executable, "demos.py", *flags, "--out", str(tmp_path / "d")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "demos.py", *flags, "--out", str(tmp_path / "d")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "d").exists()
@@ -139,14 +145,18 @@ def test_expert_solves_test_states_and_its_recording_replays():
     args = demos.Args(noise=0.2, kick=0.05)
     arrays, success = demos.record_episode(episode, "libero_object", np.random.default_rng(5), args)
     T = len(arrays["actions"])
-    assert success and arrays["agentview_rgb"].shape == (T, 256, 256, 3) and arrays["agentview_rgb"].std() > 10
+    assert (
+        success and arrays["agentview_rgb"].shape == (T, 256, 256, 3) and arrays["agentview_rgb"].std() > 10
+    )
     assert set(np.unique(arrays["actions"][:, 6])) == {-1.0, 1.0}  # open on the way, closed while carrying
     assert np.abs(arrays["actions"] - arrays["executed_actions"]).max() > 0.05
     # Replay from the same placement: the rows' states must come back.
     episode.reset(None, np.random.default_rng(5))
     for t in range(T):
         np.testing.assert_allclose(
-            np.concatenate([[episode.data.time], episode.data.qpos, episode.data.qvel]), arrays["states"][t], atol=1e-9
+            np.concatenate([[episode.data.time], episode.data.qpos, episode.data.qvel]),
+            arrays["states"][t],
+            atol=1e-9,
         )
         action = arrays["executed_actions"][t].copy()
         action[6] = 1.0 if action[6] < 0 else 0.0

@@ -12,7 +12,7 @@ from simulator import render, suites
 from simulator.task import TaskSim
 import mujoco
 from support.errors import UserError
-from demos import PickAndPlaceExpert
+from experts import PickAndPlaceExpert
 
 pytestmark = [pytest.mark.libero, pytest.mark.slow]
 
