@@ -5,6 +5,7 @@ And what a hostile file could try: code in weights, and names that leave the out
 
 import ast
 import copy
+import importlib
 import json
 import random
 import shutil
@@ -19,16 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bench import environments as bench
-from support import cli, files
 import demos
 import eval as evaluation
 import reward_model
-from support import runs
 import sft
 import train
-from support.errors import UserError
+from bench.__main__ import COMMANDS as BENCHES
 from policy import ActorCritic, OpenVLA, build_tiny
+from support import cli, files, runs
+from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -47,7 +47,7 @@ COMMANDS = {
     "score": (reward_model.ScoreArgs, ""),
     "evaluate": (reward_model.EvaluateArgs, ""),
 }
-BENCHES = {name: entry[:2] for name, entry in bench.COMMANDS.items()}
+BENCH_ARGS = {name: importlib.import_module(f"bench.{name}").Args for name in BENCHES}
 PARSERS = {
     "train.py": (train.Args, lambda argv: cli.parse_args(train.Args, "", argv)),
     "eval.py": (evaluation.Args, lambda argv: cli.parse_args(evaluation.Args, "", argv)),
@@ -55,8 +55,7 @@ PARSERS = {
     "demos.py": (demos.Args, lambda argv: cli.parse_args(demos.Args, "", argv)),
     **{f"reward_model.py {name}": (COMMANDS[name][0], lambda argv, name=name: cli.parse_command(
         COMMANDS, "", [name, *argv])[1]) for name in COMMANDS},
-    **{f"bench.py {name}": (BENCHES[name][0], lambda argv, name=name: cli.parse_command(
-        BENCHES, "", [name, *argv])[1]) for name in BENCHES},
+    **{f"bench {name}": (args, lambda argv, args=args: cli.parse_args(args, "", argv)) for name, args in BENCH_ARGS.items()},
 }
 # What a shell can pass: any text without the zero byte, bytes that are no text included.
 TEXT = st.text(st.characters(blacklist_characters="\0"), max_size=12)

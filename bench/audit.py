@@ -1,0 +1,60 @@
+"""The training process of `python -m bench soak`: train.py as it is, with two counters around what a decision passes through.
+
+    python -m bench.audit REPORT.json --suite libero_object ...        # the rest are train.py's flags
+
+The environments tell how many control steps each episode has. After a decision that number must have grown by
+`action_repeat` (less only where the episode ended; not at all or that much where it was truncated with its worker): a
+decision that was carried out twice, or never, shows. And each (step, environment) of the rollout buffer must have been
+written once, in order, before the advantages are computed.
+"""
+
+import json
+import sys
+from collections import Counter
+
+import numpy as np
+
+import train
+from envs import LiberoVecEnv
+from ppo import RolloutBuffer
+from support.files import atomic_write
+
+
+def audit_training(report):
+    count, lengths, written = Counter(lost=0), {}, {}
+    wait, store, finish = LiberoVecEnv.step_wait, RolloutBuffer.store_outcome, RolloutBuffer.finish
+
+    def audited_wait(self, slots=slice(None)):
+        obs, reward, terminated, truncated, info = wait(self, slots)
+        so_far = lengths.setdefault(
+            "now", np.zeros(self.num_envs, int)
+        )  # control steps of each environment's episode
+        after = info["episode_length"]
+        ended, cut, grown = terminated | truncated, info["worker_restarted"], after - so_far[slots]
+        full = self.action_repeat
+        fine = (grown == full) | (ended & (0 < grown) & (grown < full)) | (cut & (grown == 0))
+        so_far[slots] = np.where(ended, 0, after)
+        count.update(decisions=len(fine), lost=int((~fine).sum()), cut=int(cut.sum()), ended=int(ended.sum()))
+        count["restarts"] = self.num_restarts
+        lengths["workers"] = self.worker_pids
+        return obs, reward, terminated, truncated, info
+
+    def audited_store(self, t, *rest, slots=slice(None), **named):
+        times = written.setdefault("now", np.zeros((self.num_steps, self.num_envs), int))
+        count["lost"] += int((times[:t, slots] != 1).sum())  # not in order
+        times[t, slots] += 1
+        return store(self, t, *rest, slots=slots, **named)
+
+    def audited_finish(self, *rest):
+        times = written.pop("now")
+        count.update(stored=int(times.sum()), lost=int((times != 1).sum()), updates=1)
+        atomic_write(report, json.dumps({**count, "workers": lengths["workers"]}))
+        return finish(self, *rest)
+
+    LiberoVecEnv.step_wait = audited_wait
+    RolloutBuffer.store_outcome, RolloutBuffer.finish = audited_store, audited_finish
+    train.main()
+
+
+if __name__ == "__main__":
+    audit_training(sys.argv.pop(1))
