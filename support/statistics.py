@@ -1,5 +1,7 @@
 """Intervals for success rates."""
 
+import math
+
 from scipy.stats import binomtest
 
 
@@ -13,3 +15,17 @@ def wilson_interval(successes, n, confidence=0.95):
         return 0.0, 1.0
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def difference_interval(successes_before, n_before, successes_after, n_after):
+    """95 % interval of the difference of two success rates, after minus before: (low, high) (Newcombe's score interval).
+
+    Its parts are the two Wilson intervals. The episodes count as independent; that both policies met the same test states is not
+    used, which makes it a little too wide.
+    """
+    before, after = successes_before / n_before, successes_after / n_after
+    low_before, high_before = wilson_interval(successes_before, n_before)
+    low_after, high_after = wilson_interval(successes_after, n_after)
+    low = math.hypot(after - low_after, high_before - before)
+    high = math.hypot(high_after - after, before - low_before)
+    return after - before - low, after - before + high

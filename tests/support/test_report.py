@@ -1,6 +1,8 @@
-"""What a run leaves behind: the film before / after, and the comparison of several runs."""
+"""What a run leaves behind: curves, films, the comparison of several runs, and report.html."""
 
 import json
+import urllib.parse
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from eval import _write_video
 from support import report
 from support.errors import UserError
 from support.files import write_film
-from support.statistics import wilson_interval
+from support.statistics import difference_interval, wilson_interval
 
 
 def film(directory, task, success, length, grey):
@@ -63,11 +65,16 @@ def a_run(directory, mode, seed, points, final):
     return str(directory)
 
 
+def points(run):
+    _, lines, results = report.read_run(run)
+    return report.evaluation_points(lines, results)
+
+
 def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path):
     a = a_run(tmp_path / "a", "sum", 0, [(0, 4, 10), (1024, 6, 10)], {"start": (20, 50), "trained": (40, 50)})
     b = a_run(tmp_path / "b", "sum", 1, [(0, 5, 10), (1024, 7, 10)], {"start": (30, 50), "trained": (45, 50)})
     c = a_run(tmp_path / "c", "none", 0, [(0, 5, 10)], {"start": (25, 50), "trained": (26, 50)})
-    assert report.evaluations(a)[0] == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
+    assert points(a) == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
     table = report.compare([a, b, c], tmp_path / "plot.png")
     low, high = wilson_interval(85, 100)
     assert f"| sum | all | 2,048 | 85.0 % | {100 * low:.1f} to {100 * high:.1f} | 100 |" in table
@@ -76,13 +83,13 @@ def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path
         {"total": {"successes": 30, "episodes": 60}}
     )  # eval.py's, of the run's policy: no start policy there
     (Path(c) / "results.json").write_text(by_eval)
-    assert report.evaluations(c)[0] == [(0, 5, 10), (2048, 30, 60)]
+    assert points(c) == [(0, 5, 10), (2048, 30, 60)]
     assert Image.open(tmp_path / "plot.png").width > 500
 
 
 def test_not_a_run_directory_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
-        report.evaluations(tmp_path)
+        report.read_run(tmp_path)
 
 
 def test_film_shows_the_scores_as_a_strip(tmp_path):
@@ -127,3 +134,150 @@ def test_runs_that_cannot_be_compared_are_one_line(tmp_path, points, final, what
     with pytest.raises(UserError, match=what):
         report.compare([a, b], tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
+
+
+# ---- report.html -----------------------------------------------------------------------------------------------------
+
+EVIL = "<script>alert('$x^')</script> & \"quotes\""
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, attributes that load something, and the text."""
+
+    VOID = {"meta", "img", "br", "input", "hr", "link"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.sources, self.links, self.words, self.open = [], [], [], [], []
+        self.feed(Path(path).read_text())
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on"), "a handler"
+            (self.links if name == "href" else self.sources if name == "src" else []).append(value)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def full_run(out, tasks=("pick up the soup", EVIL), suite="libero_object"):
+    """As train.py leaves it: three iterations, an evaluation before and one after, films."""
+    out.mkdir()
+    (out / "config.json").write_text(
+        json.dumps({"suite": suite, "seed": 3, "total_steps": 1536, "lr": 1e-3, "model": EVIL})
+    )
+    lines = [{"iteration": 0, "charts/decisions": 0, "charts/episodes": 0, "charts/successes": 0}]
+    lines[0] |= {"eval/success_rate": 0.5, "eval/successes": 5, "eval/episodes": 10}
+    for i in (1, 2, 3):
+        line = {"iteration": i, "charts/decisions": 512 * i, "charts/episodes": 9, "charts/successes": 3 + i}
+        line |= {
+            "losses/value_loss": 1 / i,
+            "curriculum/task_0": 0.3,
+            "curriculum/task_1": 0.7,
+            "charts/prm_score": float("nan"),
+        }
+        lines.append(line | ({"losses/approx_kl": 0.01 * i} if i > 1 else {}))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+    def rows(k):
+        each = [{"task_id": t, "instruction": s, "successes": k, "episodes": 10} for t, s in enumerate(tasks)]
+        return {
+            "tasks": each,
+            "total": {"task_id": None, "instruction": "all tasks", "successes": 2 * k, "episodes": 20},
+        }
+
+    (out / "results.json").write_text(json.dumps({"start": rows(5), "trained": rows(9)}))
+    for name in (
+        "rollout_00001",
+        "rollout_00002",
+        "start/task0_state0_success",
+        f"start/{EVIL.replace('/', '_')}",
+    ):
+        write_film(out / "videos" / f"{name}.mp4", [np.zeros((64, 64, 3), np.uint8)] * 2, 5)
+    Image.new("RGB", (8, 4)).save(out / "before_after.gif")
+    return out
+
+
+def test_page_says_the_result_and_needs_nothing_else(tmp_path):
+    out = full_run(tmp_path / "run")
+    page = Page(report.write_report(out))
+    assert "After 1,536 decisions the policy succeeds in 90.0 % (69.9 to 97.2, 20 episodes)" in page.text
+    assert "the start policy in 50.0 % (29.9 to 70.1, 20 episodes) : +40.0 points" in page.text
+    assert f"python train.py --resume {out}" in page.text and "1,536 of 1,536 decisions" in page.text
+    assert "50 % (24 to 76)" in page.text and "90 % (60 to 98)" in page.text  # per task, before and after
+    assert page.sources and all(source.startswith("data:") for source in page.sources)
+    kinds = [source.split(";")[0] for source in page.sources]
+    assert kinds.count("data:video/mp4") == 2 and kinds.count("data:image/gif") == 1
+    assert (
+        kinds.count("data:image/svg+xml") == 4
+    )  # success, KL, value loss, curriculum; RPRM score was never a number
+    assert len(page.links) == 2 and all((out / urllib.parse.unquote(link)).is_file() for link in page.links)
+    assert not page.open and not list(out.glob("*.tmp")) and not list(out.glob(".*"))
+
+
+def test_page_shows_hostile_text_as_text(tmp_path):
+    page = Page(report.write_report(full_run(tmp_path / "run", suite=EVIL)))
+    assert "script" not in page.tags
+    assert page.text.count("<script>alert('$x^')</script> & \"quotes\"") >= 3  # title, heading, task
+    report.draw(tmp_path / "run")  # the title of the PNG as well
+    assert (tmp_path / "run" / "success.png").exists()
+
+
+def test_page_of_a_run_that_goes_on(tmp_path):
+    """At every moment of its life, half a line of metrics included."""
+    out = full_run(tmp_path / "run")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.json").unlink()
+    for found, words in (
+        ([], "No evaluation yet; 0 decisions so far."),
+        (lines[:1], "The start policy succeeds in 50.0 %"),
+        ([*lines[:3], lines[3][:20]], "trained for 1,024 decisions since"),
+        (lines[1:], "No evaluation yet; 1,536 decisions so far."),
+    ):
+        (out / "metrics.jsonl").write_text("".join(found))
+        assert words in Page(report.write_report(out)).text
+    line = json.loads(lines[3]) | {"eval/successes": 8, "eval/episodes": 10}
+    (out / "metrics.jsonl").write_text(lines[0] + json.dumps(line) + "\n")
+    assert "+30.0 points" in Page(report.write_report(out)).text
+    (out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert (
+        "succeeds in 80.0 % (49.0 to 94.3, 10 episodes) of the test states."
+        in Page(report.write_report(out)).text
+    )
+
+
+def test_large_films_are_linked(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "EMBEDDED_BYTES", 100)
+    out = full_run(tmp_path / "run")
+    page = Page(report.write_report(out))
+    assert "videos/rollout_00001.mp4" in page.sources and not any(
+        "video/mp4" in source for source in page.sources
+    )
+
+
+def test_a_page_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
+    out = full_run(tmp_path / "run")
+    report.draw(out)
+    before = (out / "report.html").read_text()
+    (out / "metrics.jsonl").unlink()
+    report.draw(out)
+    assert capsys.readouterr().err.startswith("warning: no success.png or report.html: ")
+    assert (out / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize("before, after, low, high", [  # Newcombe 1998, table II, method 10, signs turned
+    ((48, 80), (56, 70), 0.0524, 0.3339),
+    ((3, 10), (9, 10), 0.1705, 0.8090),
+    ((0, 10), (10, 10), 0.6075, 1.0),
+])  # fmt: skip
+def test_difference_interval(before, after, low, high):
+    assert difference_interval(*before, *after) == pytest.approx((low, high), abs=1e-4)
