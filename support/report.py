@@ -93,7 +93,7 @@ def _draw_curve(ax, lines, points):
         rates, bars = _percent_with_bars(successes, episodes)
         label = "evaluation on test states (95 % interval)"
         ax.errorbar(at, rates, yerr=bars, fmt="o-", ms=4, capsize=3, color="C0", label=label)
-    ax.set(xlabel="decisions", ylabel="success rate (%)", ylim=(0, 100))
+    ax.set(xlabel="decisions", ylabel="success rate (%)", ylim=(0, 102))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.grid(alpha=0.3)
     if ax.lines:
@@ -286,14 +286,14 @@ PANELS = {
     "losses/explained_variance": "explained variance of the returns",
     "charts/prm_score": "mean RPRM score",
     "charts/episodic_length": "length of an episode (control steps)",
-    "charts/SPS": "decisions per second",
 }
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff; max-width: 1080px; margin: 0 auto; padding: 0 16px 48px }
 h1 { font-size: 1.5em; margin: 1em 0 0 } h2 { font-size: 1.15em; margin: 2em 0 .5em; border-top: 1px solid #ddd; padding-top: 1em }
 p.result { font-size: 1.15em } .note, figcaption { color: #5c6370; font-size: .87em } figure { margin: 0 } img, video { width: 100%; max-width: 860px }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(215px, 100%), 1fr)) }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(max(var(--least), 22%), 1fr)) }
+.grid { --least: 170px } .grid.films { --least: 240px }
 .tasks { display: grid; grid-template-columns: minmax(0, 5fr) 4fr 11em; gap: 3px 14px; align-items: center; font-size: .93em }
 .tasks > .name { grid-row: span 2 } .tasks > .line { grid-column: 1 / -1; border-top: 1px solid #eee }
 .bar { position: relative; height: 12px; background: #f0f1f3 } .bar i { position: absolute; height: 12px; width: var(--rate); background: #a9b4c2 }
@@ -305,13 +305,15 @@ td { padding: 1px 16px 1px 0; vertical-align: top }
 
 
 def write_report(directory):
-    """Write report.html into a run directory, atomically, from its files alone: config.json, metrics.jsonl, results.json, videos/.
+    """Write report.html and success.png into a run directory, atomically, from its files alone: config.json, metrics.jsonl,
+    results.json, videos/.
 
     One self-contained page: the result in a sentence, success curve, losses, curriculum, success per task before and after,
-    films, settings, how to resume. Whatever a file says is escaped. Returns its path.
+    films, settings, how to resume. Whatever a file says is escaped. Returns the page's path.
     """
     directory = Path(directory)
     config, lines, results = read_run(directory)
+    plot_curve(lines, directory / "success.png", f"{config.get('suite')}, seed {config.get('seed')}", results)
     points = evaluation_points(lines, results)
     suite, seed = html.escape(str(config.get("suite"))), html.escape(str(config.get("seed")))
     done = lines[-1]["charts/decisions"] if lines else 0
@@ -463,11 +465,11 @@ def _films(directory):
         )
     if shown:
         note = "Rollouts of the first environment; the strip below the picture is the RPRM score of each decision."
-        parts.append(f"<p class=note>{note}</p><div class=grid>")
+        parts.append(f"<p class=note>{note}</p><div class='grid films'>")
         for path in shown:
             data = path.read_bytes()
             source = _embed(data, "video/mp4") if len(data) <= EMBEDDED_BYTES else _link(directory, path)
-            film = f"<video controls muted loop playsinline src='{source}'></video>"
+            film = f"<video controls autoplay muted loop playsinline src='{source}'></video>"
             parts.append(
                 f"<figure>{film}<figcaption>{html.escape(path.stem.replace('_', ' '))}</figcaption></figure>"
             )
@@ -490,7 +492,7 @@ def _link(directory, path):
 
 @dataclass
 class PageArgs:
-    run: str = field(metadata={"help": "run directory of train.py; its report.html is written anew"})
+    run: str = field(metadata={"help": "run directory of train.py; its report.html and success.png are written anew"})
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""README is checked against the code: links, flags, defaults, targets, pins. No simulator, no model.
+"""README and docs/ are checked against the code: links, flags, defaults, targets, pins. No simulator, no model.
 
-    python tests/test_docs.py       # renew the line numbers of README's links after an edit of the code
+    python tests/test_docs.py       # renew the line numbers of links into the code after an edit of it
 
 Only the code is imported or parsed, never a measured number: those are filled in by hand from JSON files.
 """
@@ -13,24 +13,35 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("demos.py", "sft.py", "reward_model.py", "train.py", "eval.py")
-SUBCOMMANDS = {"reward_model.py": ("label", "train", "score", "record", "evaluate")}
-# Links such as [`ppo.py:compute_gae`](ppo.py#L240), with an optional: at `words of the line meant`.
-LINK = re.compile(r"\[`(\w+\.py):([\w.]+)`\]\((\w+\.py)#L(\d+)\)(?: at `([^`]+)`)?")
+MODULES = ("bench", "support.report")  # python -m
+SUBCOMMANDS = {
+    "reward_model.py": ("label", "train", "score", "record", "evaluate"),
+    "-m support.report": ("page", "compare"),
+    "-m bench": tuple(p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)),
+}
+# Links such as [`ppo.py:compute_gae`](../ppo.py#L240), with an optional: at `words of the line meant`.
+LINK = re.compile(r"\[`([\w/]+\.py):([\w.]+)`\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)(?: at `([^`]+)`)?")
 
 
 def readme():
     return README.read_text(encoding="utf-8")
 
 
+def everything():
+    return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# Links into the code
+# Links
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -51,42 +62,82 @@ def definitions(file):
 
 def target_line(file, name, words):
     """Line that a link means: of the definition, or of the first line in it that contains `words`."""
-    assert (ROOT / file).is_file(), f"README names {file}, which does not exist"
-    assert name in definitions(file), f"README names {file}:{name}, which does not exist"
+    assert (ROOT / file).is_file(), f"{file} does not exist"
+    assert name in definitions(file), f"{file}:{name} does not exist"
     first, last = definitions(file)[name]
     if words is None:
         return first
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     hits = [n for n in range(first, last + 1) if words in lines[n - 1]]
-    assert hits, f"README points to `{words}` in {file}:{name}, where no line says so"
+    assert hits, f"a link points to `{words}` in {file}:{name}, where no line says so"
     return hits[0]
 
 
 def renew_links(text):
     def renewed(match):
-        file, name, _, _, words = match.groups()
+        file, name, path, _, words = match.groups()
         tail = "" if words is None else f" at `{words}`"
-        return f"[`{file}:{name}`]({file}#L{target_line(file, name, words)}){tail}"
+        return f"[`{file}:{name}`]({path}#L{target_line(file, name, words)}){tail}"
 
     return LINK.sub(renewed, text)
 
 
-def test_links_name_what_exists_and_land_in_it():
-    links = LINK.findall(readme())
-    assert len(links) >= 20
-    for file, name, linked, line, words in links:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_name_what_exists_and_land_in_it(page):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    if page == README:
+        assert len(links) >= 20
+    for file, name, path, line, words in links:
         meant = target_line(file, name, words or None)
         first, last = definitions(file)[name]
         # Some drift is harmless: the link must land inside the definition, and near the line that it quotes.
         near = abs(int(line) - meant) <= 15 if words else first <= int(line) <= last
-        assert linked == file and near, (
-            f"README's link to {file}:{name} says line {line}, it is {meant}; run: python tests/test_docs.py")
+        assert (page.parent / path).resolve() == ROOT / file and near, (
+            f"{page.name}: the link to {file}:{name} says line {line}, it is {meant}; run: python tests/test_docs.py"
+        )
 
 
 def test_renewing_the_links_is_stable_and_touches_nothing_else():
-    renewed = renew_links(readme())
-    assert renew_links(renewed) == renewed
-    assert re.sub(r"#L\d+", "", renewed) == re.sub(r"#L\d+", "", readme())
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        renewed = renew_links(text)
+        assert renew_links(renewed) == renewed
+        assert re.sub(r"#L\d+", "", renewed) == re.sub(r"#L\d+", "", text)
+
+
+def slugs(text):
+    """Anchors that a page offers, made as GitHub makes them from its headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_and_to_pictures(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)):
+        if target.startswith(("https:", "http:")):
+            continue
+        path, _, anchor = urllib.parse.unquote(target).partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in slugs(file.read_text(encoding="utf-8")), f"{page.name} links to {target}: no such heading"
+
+
+def test_every_page_can_be_reached_from_readme():
+    seen, todo = set(), [README]
+    while todo:
+        page = todo.pop()
+        if page not in seen:
+            seen.add(page)
+            todo += [(page.parent / name).resolve() for name in re.findall(r"\]\(([\w./]+\.md)", page.read_text())]
+    assert set(PAGES) <= seen, f"no link leads to {sorted(p.name for p in set(PAGES) - seen)}"
+
+
+def test_readme_is_short():
+    lines = readme().splitlines()
+    assert len(lines) <= 220
+    for number, line in enumerate(lines, 1):
+        assert len(line) <= 120, f"README line {number} has {len(line)} characters"
 
 
 def test_every_equation_and_section_of_the_paper_is_in_the_map():
@@ -96,30 +147,37 @@ def test_every_equation_and_section_of_the_paper_is_in_the_map():
 
 
 def test_file_table_is_complete():
-    listed = set(re.findall(r"^\| `(\w+\.py)` \|", readme(), re.MULTILINE))
-    assert listed == {path.name for path in ROOT.glob("*.py")}
+    listed = re.findall(r"^\| `(\w+(?:\.py|/))` \|", readme(), re.MULTILINE)
+    files = {path.name for path in ROOT.glob("*.py")}
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    rooms = {f"{name.split('/')[0]}/" for name in tracked if "/" in name} - {"tests/"}
+    assert files | rooms <= set(listed)
+    assert len(listed) == len(set(listed)) and all((ROOT / name).exists() for name in listed)
 
 
 def test_files_named_in_the_text_exist():
-    made_by_a_run = {"config.json", "metrics.jsonl", "success.png", "results.json"}
-    for name in re.findall(r"`([\w./-]+\.(?:py|txt|json|jsonl|png))`", readme()):
-        assert name in made_by_a_run or (ROOT / name).exists(), f"README names {name}, which does not exist"
+    made_by_a_run = {"config.json", "metrics.jsonl", "success.png", "results.json", "rprm.json", "report.html"}
+    for name in re.findall(r"`([\w./-]+\.(?:py|txt|json|jsonl|png|sh|md|cff|html))`", everything()):
+        assert name in made_by_a_run or (ROOT / name).exists(), f"{name} is named, and does not exist"
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command lines
 # --------------------------------------------------------------------------------------------------------------------
 
-# One process for all scripts: torch, which two of them import at the top, is then loaded once.
+# One process for all: what several of them import is then loaded once.
 DRIVER = """
 import contextlib, io, json, runpy, sys
 answers = {}
 for script, *command in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
-    sys.argv = [script, *command, "--help"]
+    sys.argv = [script.removeprefix("-m "), *command, "--help"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            runpy.run_path(script, run_name="__main__")
+            if script.startswith("-m "):
+                runpy.run_module(script[3:], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(script, run_name="__main__")
             code = None
         except SystemExit as exc:
             code = exc.code
@@ -129,20 +187,35 @@ print(json.dumps(answers))
 """
 
 
+def ask_for_help(commands):
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(commands)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    for command, (code, out, err, _) in answers.items():
+        assert code == 0 and out and not err, f"{command} --help: exit {code}, {err}"
+    return answers
+
+
 @pytest.fixture(scope="module")
 def helps():
     """{"train.py": help text, "reward_model.py label": help text, …}; asserts that each `--help` works."""
-    asked = [[script] for script in SCRIPTS]
-    asked += [[script, command] for script, commands in SUBCOMMANDS.items() for command in commands]
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(asked)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
-    for command, (code, out, err, heavy) in answers.items():
-        assert code == 0 and out and not err, f"{command} --help: exit {code}, {err}"
+
+    def with_subcommands(scripts):
+        return [[s] for s in scripts] + [[s, command] for s in scripts for command in SUBCOMMANDS.get(s, ())]
+
+    scripts = ask_for_help(with_subcommands(SCRIPTS))
+    for command, (*_, heavy) in scripts.items():
         assert not heavy, f"{command} --help imports {heavy}: a newcomer waits for nothing"
-    return {command: out for command, (_, out, _, _) in answers.items()}
+    modules = ask_for_help(with_subcommands([f"-m {name}" for name in MODULES]))
+    return {command: out for command, (_, out, _, _) in {**scripts, **modules}.items()}
 
 
 def flags_of(text):
@@ -166,7 +239,7 @@ def test_help_explains_every_flag(helps):
             assert all(name in text for name in SUBCOMMANDS[command])
             continue
         flags = flags_of(text)
-        assert len(flags) > 5, command
+        assert len(flags) > (1 if command.startswith("-m") else 5), command
         for flag, explanation in flags.items():
             words = re.sub(r"\((default|required)[^()]*\)\s*$", "", explanation).strip()
             assert len(words) >= 4, f"{command} {flag} has no explanation"
@@ -174,8 +247,8 @@ def test_help_explains_every_flag(helps):
 
 
 def command_lines():
-    """Lines of README's bash blocks, as lists of words, without comments; `a && b` gives two."""
-    for block in re.findall(r"```bash\n(.*?)```", readme(), re.DOTALL):
+    """Lines of bash blocks, as lists of words, without comments; `a && b` gives two."""
+    for block in re.findall(r"```bash\n(.*?)```", everything(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
                 if words := shlex.split(part, comments=True):
@@ -184,7 +257,7 @@ def command_lines():
 
 def inline_commands():
     """Commands inside backticks: `make …`, `python x.py …`, `x.py …`."""
-    for text in re.findall(r"`((?:make|python|\w+\.py) [^`]+)`", readme()):
+    for text in re.findall(r"`((?:make|python|\w+\.py)\s[^`]+)`", everything()):
         if "…" not in text:
             yield shlex.split(text)
 
@@ -194,13 +267,15 @@ def script_and_flags(words):
     if words[0] == "make":
         arguments = next((word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")), "")
         words = [f"{words[1]}.py", *shlex.split(arguments)]
+    elif "torchrun" in words[:2]:
+        words = words[next(i for i, word in enumerate(words) if word in SCRIPTS) :]
     elif words[0].endswith("python"):
-        words = words[1:]
-    if words[0] not in SCRIPTS:
+        words = words[1:] if words[1] != "-m" else [f"-m {words[2]}", *words[3:]]
+    if words[0] not in SCRIPTS and words[0].removeprefix("-m ") not in MODULES:
         return None
     command = words[0]
-    if command in SUBCOMMANDS and len(words) > 1:
-        assert words[1] in SUBCOMMANDS[command], f"README: {command} has no command {words[1]}"
+    if command in SUBCOMMANDS and len(words) > 1 and words[1] != "NAME":
+        assert words[1] in SUBCOMMANDS[command], f"{command} has no command {words[1]}"
         command = f"{command} {words[1]}"
     return command, [word.split("=")[0] for word in words if word.startswith("--")]
 
@@ -212,23 +287,23 @@ def test_flags_in_command_lines_are_accepted(helps):
             command, flags = found
             seen.add(command)
             for flag in flags:
-                assert flag in flags_of(helps[command]), f"README: {command} does not know {flag}"
-    wanted = {f"{s} {c}" for s in SCRIPTS for c in SUBCOMMANDS.get(s, ())} | set(SCRIPTS).difference(SUBCOMMANDS)
-    assert wanted <= seen, f"README shows no command line for {sorted(wanted - seen)}"
+                assert flag in flags_of(helps[command]), f"{command} does not know {flag}"
+    wanted = {f"{s} {c}" for s, commands in SUBCOMMANDS.items() for c in commands} | set(SCRIPTS).difference(SUBCOMMANDS)
+    assert wanted <= seen, f"no page shows a command line for {sorted(wanted - seen)}"
 
 
 def test_flags_in_the_text_exist_somewhere(helps):
     known = {flag for text in helps.values() for flag in flags_of(text)}
-    for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", readme(), flags=re.DOTALL)):
+    for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", everything(), flags=re.DOTALL)):
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
-            assert flag in known, f"README names {flag}, which no script has"
+            assert flag in known, f"{flag} is named, which no script has"
 
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {words[1] for words in [*command_lines(), *inline_commands()] if words[0] == "make"}
     assert {"train", "test"} <= named
-    assert named <= targets, f"README names make targets that do not exist: {sorted(named - targets)}"
+    assert named <= targets, f"make targets that do not exist: {sorted(named - targets)}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -245,7 +320,7 @@ def as_value(text):
 
 
 def table_rows(first_column):
-    for line in readme().splitlines():
+    for line in everything().splitlines():
         if line.startswith("|") and re.search(first_column, line.split("|")[1]):
             yield [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -263,9 +338,9 @@ def test_hyper_parameter_table_shows_the_defaults():
             shown.add(name)
             for cell, size in ((big, "7B"), (tiny, "tiny")):
                 default = train.DEFAULTS[size].get(name, args[name])
-                assert as_value(cell) == as_value(default), f"README: --{flag} for {size} is {default}, not {cell}"
+                assert as_value(cell) == as_value(default), f"--{flag} for {size} is {default}, not {cell}"
     sized = set().union(*map(set, train.DEFAULTS.values()))
-    assert sized - {"micro_batch_size"} <= shown, "README's table lacks a setting that differs by model size"
+    assert sized - {"micro_batch_size"} <= shown, "the table lacks a setting that differs by model size"
 
 
 def test_sizes_of_openvla_tiny():
@@ -283,7 +358,7 @@ def test_sizes_of_openvla_tiny():
     (_, repeat, *_), = table_rows("`action_repeat`")
     with torch.device("meta"):
         count = sum(p.numel() for p in policy.OpenVLA(config).parameters()) / 1e6
-    assert abs(float(parameters.removesuffix(" M")) - count) < 0.1, f"{parameters} parameters in README, {count:.2f} M"
+    assert abs(float(parameters.removesuffix(" M")) - count) < 0.1, f"{parameters} parameters in the text, {count:.2f} M"
     side, patch = first["image_size"], first["patch_size"]
     assert image == f"{side} px, {patch}, {(side // patch) ** 2}"
     assert towers == " and ".join(f"{t['hidden_size']} x {t['num_hidden_layers']}" for t in (first, second))
@@ -309,4 +384,5 @@ def test_debian_packages_are_those_of_the_code():
 
 
 if __name__ == "__main__":
-    README.write_text(renew_links(readme()), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(renew_links(page.read_text(encoding="utf-8")), encoding="utf-8")
