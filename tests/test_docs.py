@@ -26,7 +26,9 @@ MODULES = ("bench", "support.report")  # python -m
 SUBCOMMANDS = {
     "reward_model.py": ("label", "train", "score", "record", "evaluate"),
     "-m support.report": ("page", "compare"),
-    "-m bench": tuple(p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)),
+    "-m bench": tuple(
+        p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
+    ),
 }
 # Links such as [`ppo.py:compute_gae`](../ppo.py#L240), with an optional: at `words of the line meant`.
 LINK = re.compile(r"\[`([\w/]+\.py):([\w.]+)`\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)\)(?: at `([^`]+)`)?")
@@ -113,14 +115,18 @@ def slugs(text):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_and_to_pictures(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)):
+    for target in re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ):
         if target.startswith(("https:", "http:")):
             continue
         path, _, anchor = urllib.parse.unquote(target).partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links to {target}"
         if anchor and file.suffix == ".md":
-            assert anchor in slugs(file.read_text(encoding="utf-8")), f"{page.name} links to {target}: no such heading"
+            assert anchor in slugs(file.read_text(encoding="utf-8")), (
+                f"{page.name} links to {target}: no such heading"
+            )
 
 
 def test_every_page_can_be_reached_from_readme():
@@ -129,7 +135,9 @@ def test_every_page_can_be_reached_from_readme():
         page = todo.pop()
         if page not in seen:
             seen.add(page)
-            todo += [(page.parent / name).resolve() for name in re.findall(r"\]\(([\w./]+\.md)", page.read_text())]
+            todo += [
+                (page.parent / name).resolve() for name in re.findall(r"\]\(([\w./]+\.md)", page.read_text())
+            ]
     assert set(PAGES) <= seen, f"no link leads to {sorted(p.name for p in set(PAGES) - seen)}"
 
 
@@ -143,20 +151,31 @@ def test_readme_is_short():
 def test_every_equation_and_section_of_the_paper_is_in_the_map():
     section = readme().split("## From the paper to the code")[1].split("\n## ")[0]
     for what in ("Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "Algorithm 1", "3.3", "3.4", "3.5", "GAE"):
-        assert any(what in row and LINK.search(row) for row in section.splitlines()), f"{what} has no line in the map"
+        assert any(what in row and LINK.search(row) for row in section.splitlines()), (
+            f"{what} has no line in the map"
+        )
 
 
 def test_file_table_is_complete():
     listed = re.findall(r"^\| `(\w+(?:\.py|/))` \|", readme(), re.MULTILINE)
     files = {path.name for path in ROOT.glob("*.py")}
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     rooms = {f"{name.split('/')[0]}/" for name in tracked if "/" in name} - {"tests/"}
     assert files | rooms <= set(listed)
     assert len(listed) == len(set(listed)) and all((ROOT / name).exists() for name in listed)
 
 
 def test_files_named_in_the_text_exist():
-    made_by_a_run = {"config.json", "metrics.jsonl", "success.png", "results.json", "rprm.json", "report.html"}
+    made_by_a_run = {
+        "config.json",
+        "metrics.jsonl",
+        "success.png",
+        "results.json",
+        "rprm.json",
+        "report.html",
+    }
     for name in re.findall(r"`([\w./-]+\.(?:py|txt|json|jsonl|png|sh|md|cff|html))`", everything()):
         assert name in made_by_a_run or (ROOT / name).exists(), f"{name} is named, and does not exist"
 
@@ -178,9 +197,9 @@ for script, *command in json.loads(sys.argv[1]):
                 runpy.run_module(script[3:], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(script, run_name="__main__")
-            code = None
+            code = 0
         except SystemExit as exc:
-            code = exc.code
+            code = exc.code or 0
     heavy = [m for m in ("mujoco", "robosuite", "libero", "transformers", "peft") if m in sys.modules]
     answers[" ".join([script, *command])] = [code, out.getvalue(), err.getvalue(), heavy]
 print(json.dumps(answers))
@@ -288,12 +307,17 @@ def test_flags_in_command_lines_are_accepted(helps):
             seen.add(command)
             for flag in flags:
                 assert flag in flags_of(helps[command]), f"{command} does not know {flag}"
-    wanted = {f"{s} {c}" for s, commands in SUBCOMMANDS.items() for c in commands} | set(SCRIPTS).difference(SUBCOMMANDS)
+    wanted = {f"{s} {c}" for s, commands in SUBCOMMANDS.items() for c in commands} | set(SCRIPTS).difference(
+        SUBCOMMANDS
+    )
     assert wanted <= seen, f"no page shows a command line for {sorted(wanted - seen)}"
 
 
 def test_flags_in_the_text_exist_somewhere(helps):
+    from torch.distributed.run import get_args_parser
+
     known = {flag for text in helps.values() for flag in flags_of(text)}
+    known |= {flag for action in get_args_parser()._actions for flag in action.option_strings}  # torchrun's
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", everything(), flags=re.DOTALL)):
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
             assert flag in known, f"{flag} is named, which no script has"
@@ -348,17 +372,21 @@ def test_sizes_of_openvla_tiny():
 
     import policy
 
-    config = policy.tiny_config(words=[f"word{i}" for i in range(100)])  # about as many as LIBERO's instructions have
+    config = policy.tiny_config(
+        words=[f"word{i}" for i in range(100)]
+    )  # about as many as LIBERO's instructions have
     first, second = config["vision_configs"]
     text = config["text_config"]
-    (_, parameters, *_), = table_rows(r"parameters \(computed\)")
-    (_, image, *_), = table_rows("image, patch, patches")
-    (_, towers, *_), = table_rows("towers, width x blocks")
-    (_, llama, *_), = table_rows("Llama, width x layers")
-    (_, repeat, *_), = table_rows("`action_repeat`")
+    ((_, parameters, *_),) = table_rows(r"parameters \(computed\)")
+    ((_, image, *_),) = table_rows("image, patch, patches")
+    ((_, towers, *_),) = table_rows("towers, width x blocks")
+    ((_, llama, *_),) = table_rows("Llama, width x layers")
+    ((_, repeat, *_),) = table_rows("`action_repeat`")
     with torch.device("meta"):
         count = sum(p.numel() for p in policy.OpenVLA(config).parameters()) / 1e6
-    assert abs(float(parameters.removesuffix(" M")) - count) < 0.1, f"{parameters} parameters in the text, {count:.2f} M"
+    assert abs(float(parameters.removesuffix(" M")) - count) < 0.1, (
+        f"{parameters} parameters in the text, {count:.2f} M"
+    )
     side, patch = first["image_size"], first["patch_size"]
     assert image == f"{side} px, {patch}, {(side // patch) ** 2}"
     assert towers == " and ".join(f"{t['hidden_size']} x {t['num_hidden_layers']}" for t in (first, second))
