@@ -238,7 +238,7 @@ def _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_d
                     bar.update(1)
                     bar.set_postfix_str(f"success {100 * result.success_rate:.1f} %")
                     if init < video:
-                        frames = [*movie[i], info["final_obs"]["agentview"][i].copy()]
+                        frames = [*movie[i], info["final_obs"][i]["agentview"].copy()]
                         _write_video(video_dir, frames, episode, envs.action_repeat)
                     if on_episode:
                         on_episode(episode)

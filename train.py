@@ -108,8 +108,7 @@ class Args:
     num_steps: Optional[int] = _sized("num_steps", "decisions per environment and rollout M", min=1, max=100_000)
     groups: int = _flag(
         1,
-        "groups that environments take turns in: while the simulator moves one, actions are decoded for the next. 1: all "
-        "at once, fewer and larger batches",
+        "without effect: environments no longer take turns in groups",
         min=1,
     )
     max_episode_steps: Optional[int] = _sized("max_episode_steps", "control steps that cut a training episode", min=1)
@@ -496,7 +495,7 @@ def main():
         init_states=args.init_states,
         curriculum=curriculum,
         timeout=args.worker_timeout,
-        first_slot=slots.start,
+        first_env=slots.start,
         progress=world.first,
         **world.simulators(args.num_workers, args.egl_devices),
     )
@@ -567,10 +566,6 @@ def main():
         obs, _ = envs.reset(seed=args.seed)
     metrics_log, config = runs.Metrics(out, lines) if world.first else None, json.dumps(asdict(args), indent=1)
 
-    # Every n-th environment, so that each simulator process has some of every group.
-    groups = [slice(g, None, args.groups) for g in range(min(args.groups, num_envs))]
-    asked = [None] * num_envs  # the instruction of the decision that is being carried out
-
     def observe(frames, instructions):
         """Frames (B, 256, 256, 3) uint8, B instructions -> what the models read: images (B, P, d) or (B, 6, S, S), and
         input_ids, attention_mask (B, L)."""
@@ -620,66 +615,59 @@ def main():
             if actor_critic.critic != "shared" and not shard:
                 actor_critic.merge_for_rollout()
 
-            # Rollout: M decisions in each of N environments. A group's turn: what became of its decision t - 1, then its
-            # decision t, which the simulator carries out while the other groups have theirs.
-            for t, group in itertools.product(range(args.num_steps + 1), groups):
-                numbers = range(num_envs)[group]  # (n,)
-                if t > 0:
-                    _, rewards, terminated, truncated, info = envs.step_wait(group)
-                    for key in ("physics", "render", "wait"):
-                        times[key] += info["timing"][key]
-
-                    # A cut episode did not end: its value goes on from the observation that really was its last. (For an
-                    # episode lost with its worker that is the last one known, the one this decision was made on.)
-                    final_values = torch.zeros(len(numbers))
-                    rows = np.flatnonzero(truncated)
-                    if shard and world.any(len(rows)) and not len(rows):
-                        rows = np.array([0])  # a forward pass of a sharded model needs all ranks; `store_outcome` ignores this one
-                    if len(rows):
-                        frames = info["final_obs"]["agentview"][rows]
-                        images, input_ids, mask = observe(frames, [asked[numbers[i]] for i in rows])
-                        with torch.no_grad():
-                            final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
-                        for i, image, frame in zip(rows, images.cpu(), frames, strict=True):
-                            if truncated[i]:
-                                final_images[t - 1, numbers[i]], final_frames[t - 1, numbers[i]] = image, frame
-                    buffer.store_outcome(
-                        t - 1,
-                        torch.from_numpy(rewards),
-                        torch.from_numpy(terminated),
-                        torch.from_numpy(truncated),
-                        final_values,
-                        slots=group,
-                    )
-                    ended = terminated | truncated
-                    wins += int(terminated.sum())
-                    episodes += int(ended.sum())
-                    cut += int(info["worker_restarted"].sum())
-                    lengths += info["episode_length"][ended].tolist()
-                    ended_at += [(t - 1, slots[numbers[i]]) for i in np.flatnonzero(ended & ~info["worker_restarted"])]
-                    if t == 1 and group is groups[0]:  # decisions that the filmed episode had before this rollout
-                        played = max(0, math.ceil(info["episode_length"][0] / policy_base.action_repeat) - 1)
-                    stop.check()
-                if t < args.num_steps:
-                    clock = time.time()
-                    obs = envs.observation(group)
-                    images, input_ids, mask = observe(obs["agentview"], obs["instruction"])
-                    tokens, log_probs, values = actor_critic.act(
-                        input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=samplers[group]
-                    )
-                    decision = (images, input_ids, mask, tokens, log_probs, values)
-                    buffer.store_decision(t, *(x.cpu() for x in decision), slots=group)
-                    actions = policy_base.decode_actions(tokens.cpu().numpy(), args.suite)  # (n, 7)
-                    times["inference"] += time.time() - clock
-                    asked[group] = obs["instruction"]
-                    if filming and group is groups[0]:
-                        film.append(obs["agentview"][0].copy())
-                    if stock:  # it judges frames
-                        if group is groups[0]:
-                            watched.append((np.empty((num_envs, *obs["agentview"].shape[1:]), np.uint8), [None] * num_envs))
-                        watched[t][0][group], watched[t][1][group] = obs["agentview"], obs["instruction"]
-                    envs.step_async(actions, group)
+            # Rollout: M decisions in each of N environments.
             obs = envs.observation()
+            for t in range(args.num_steps):
+                clock = time.time()
+                images, input_ids, mask = observe(obs["agentview"], obs["instruction"])
+                tokens, log_probs, values = actor_critic.act(
+                    input_ids, mask, **{image_kind: images}, temperature=args.temperature, generator=samplers
+                )
+                decision = (images, input_ids, mask, tokens, log_probs, values)
+                buffer.store_decision(t, *(x.cpu() for x in decision))
+                actions = policy_base.decode_actions(tokens.cpu().numpy(), args.suite)  # (N, 7)
+                times["inference"] += time.time() - clock
+                if filming:
+                    film.append(obs["agentview"][0].copy())
+                if stock:  # it judges frames
+                    watched.append((obs["agentview"].copy(), obs["instruction"]))
+                instructions = obs["instruction"]
+                obs, rewards, terminated, truncated, info = envs.step(actions)
+                for key in ("physics", "render", "wait"):
+                    times[key] += envs.timing[key]
+
+                # A cut episode did not end: its value goes on from the observation that really was its last. (For an
+                # episode lost with its worker that is the last one known, the one this decision was made on.)
+                final_values = torch.zeros(num_envs)
+                rows = np.flatnonzero(truncated)
+                for i in rows:
+                    final_frames[t, i] = info["final_obs"][i]["agentview"].copy()
+                if shard and world.any(len(rows)) and not len(rows):
+                    rows = np.array([0])  # a forward pass of a sharded model needs all ranks; `store_outcome` ignores this one
+                if len(rows):
+                    frames = np.stack([final_frames.get((t, i), obs["agentview"][i]) for i in rows])
+                    images, input_ids, mask = observe(frames, [instructions[i] for i in rows])
+                    with torch.no_grad():
+                        final_values[rows] = actor_critic.value(input_ids, mask, **{image_kind: images}).float().cpu()
+                    for i, image in zip(rows, images.cpu(), strict=True):
+                        if truncated[i]:
+                            final_images[t, i] = image
+                buffer.store_outcome(
+                    t,
+                    torch.from_numpy(rewards),
+                    torch.from_numpy(terminated),
+                    torch.from_numpy(truncated),
+                    final_values,
+                )
+                ended = terminated | truncated
+                wins += int(terminated.sum())
+                episodes += int(ended.sum())
+                cut += int(info["worker_restarted"].sum())
+                lengths += info["episode_length"][ended].tolist()
+                ended_at += [(t, slots[i]) for i in np.flatnonzero(ended & ~info["lost"])]
+                if t == 0:  # decisions that the filmed episode had before this rollout
+                    played = max(0, math.ceil(info["episode_length"][0] / policy_base.action_repeat) - 1)
+                stop.check()
             last_observation = observe(obs["agentview"], obs["instruction"])
             with torch.no_grad():
                 last_values = (

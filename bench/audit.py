@@ -22,18 +22,18 @@ from support.files import atomic_write
 
 def audit_training(report):
     count, lengths, written = Counter(lost=0), {}, {}
-    wait, store, finish = LiberoVecEnv.step_wait, RolloutBuffer.store_outcome, RolloutBuffer.finish
+    step, store, finish = LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.finish
 
-    def audited_wait(self, slots=slice(None)):
-        obs, reward, terminated, truncated, info = wait(self, slots)
+    def audited_step(self, actions):
+        obs, reward, terminated, truncated, info = step(self, actions)
         so_far = lengths.setdefault(
             "now", np.zeros(self.num_envs, int)
         )  # control steps of each environment's episode
         after = info["episode_length"]
-        ended, cut, grown = terminated | truncated, info["worker_restarted"], after - so_far[slots]
+        ended, cut, grown = terminated | truncated, info["worker_restarted"], after - so_far
         full = self.action_repeat
         fine = (grown == full) | (ended & (0 < grown) & (grown < full)) | (cut & (grown == 0))
-        so_far[slots] = np.where(ended, 0, after)
+        so_far[:] = np.where(ended, 0, after)
         count.update(decisions=len(fine), lost=int((~fine).sum()), cut=int(cut.sum()), ended=int(ended.sum()))
         count["restarts"] = self.num_restarts
         lengths["workers"] = self.worker_pids
@@ -51,7 +51,7 @@ def audit_training(report):
         atomic_write(report, json.dumps({**count, "workers": lengths["workers"]}))
         return finish(self, *rest)
 
-    LiberoVecEnv.step_wait = audited_wait
+    LiberoVecEnv.step = audited_step
     RolloutBuffer.store_outcome, RolloutBuffer.finish = audited_store, audited_finish
     train.main()
 

@@ -157,10 +157,10 @@ def test_eval_takes_over_what_other_ranks_logged(tmp_path):
     assert again.episodes == log.episodes == episodes
 
 
-def test_environment_states_are_merged_and_split_by_slot():
+def test_environment_states_are_merged_and_split():
     settings = np.frombuffer(json.dumps({"suite": "x", "num_envs": 6, "render": "light"}).encode(), np.uint8)
     state = {
-        "parked": np.arange(6) % 2 == 0, "agentview": np.arange(24).reshape(6, 4), "seed": np.int64(3), "settings": settings,
+        "idle": np.arange(6) % 2 == 0, "agentview": np.arange(24).reshape(6, 4), "seed": np.int64(3), "settings": settings,
         "curriculum_outcomes": np.ones((2, 6)), **{f"sim_{i}": np.full(i + 1, i) for i in (0, 1, 3, 4, 5)},  # 2 was lost
     }
     for ranks in (1, 2, 3, 6):
@@ -171,6 +171,8 @@ def test_environment_states_are_merged_and_split_by_slot():
         assert back.keys() == state.keys()
         for key in state:
             np.testing.assert_array_equal(back[key], state[key])
+    old = {"parked" if key == "idle" else key: x for key, x in state.items()}  # as checkpoints before November 2026 have it
+    np.testing.assert_array_equal(envs.split_state(old, range(2, 4))["idle"], state["idle"][2:4])
 
 
 def test_environments_must_divide_evenly():

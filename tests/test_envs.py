@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import psutil
 import pytest
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 
-from support.errors import UserError
 from envs import Curriculum, LiberoVecEnv
-from simulator.workers import DONE
+from simulator.shared import DONE, NEW
+from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE, TASKS, N = "libero_object", [0, 1], 3
@@ -105,7 +107,7 @@ def _settings(request):
     yield
     for name in {"one", "two"} & set(request.fixturenames):
         envs = request.getfixturevalue(name)
-        envs.action_repeat, envs.max_steps, envs.timeout = 2, 6, 60.0
+        envs.action_repeat, envs.max_steps = 2, 6
 
 
 def _actions(step):
@@ -113,11 +115,24 @@ def _actions(step):
 
 
 def _record(obs, info, *flags):
-    keys = ("eef_pos", "gripper", "init_state", "success", "episode_length", "task_id_ended", "started", "_final_obs")
+    keys = (
+        "eef_pos",
+        "gripper",
+        "init_state",
+        "success",
+        "episode_length",
+        "task_id",
+        "started",
+        "_final_obs",
+    )
     record = {k: np.copy(info[k]) for k in keys if k in info}
-    record |= {"frames": obs["agentview"].copy(), "task_id": obs["task_id"], "instruction": obs["instruction"]}
+    record |= {
+        "frames": obs["agentview"].copy(),
+        "next_task": obs["task_id"],
+        "instruction": obs["instruction"],
+    }
     if "_final_obs" in info:
-        record["final"] = info["final_obs"]["agentview"][info["_final_obs"]].copy()
+        record["final"] = np.array([x["agentview"] for x in info["final_obs"][info["_final_obs"]]])
     return record | {str(i): np.copy(f) for i, f in enumerate(flags)}
 
 
@@ -157,22 +172,6 @@ def test_same_trajectories_with_one_and_two_workers(one, two):
 
 
 @libero
-def test_halves_in_turn_equal_whole_steps(one, two):
-    one.reset(seed=5)
-    whole = _rollout(one, 5)
-    two.reset(seed=5)
-    groups = (slice(0, 2), slice(2, 3))
-    for k in range(5):
-        for g in groups:
-            two.step_async(_actions(k)[g], g)
-        for g in groups:
-            obs, *flags, info = two.step_wait(g)
-            expected = {name: array[g] for name, array in whole[k].items()}
-            expected["final"] = whole[k]["final"] if not len(whole[k]["final"]) else whole[k]["final"][g]
-            _assert_same([_record(obs, info, *flags)], [expected])
-
-
-@libero
 def test_gymnasium_interface(one):
     obs, info = one.reset(seed=0)
     assert one.observation_space.contains({**obs, "instruction": tuple(obs["instruction"])})
@@ -182,8 +181,34 @@ def test_gymnasium_interface(one):
     assert reward.shape == terminated.shape == truncated.shape == (N,)
     assert (reward.dtype, terminated.dtype, truncated.dtype) == (np.float32, bool, bool)
     assert info["eef_pos"].shape == (N, 3) and (info["gripper"] > 0).all()
-    assert set(info["timing"]) == {"physics", "render", "reset", "busiest", "wall", "wait"}
+    assert set(one.timing) == {"physics", "render", "reset", "busiest", "wall", "wait"}
     assert obs["instruction"][0] == one._instructions[obs["task_id"][0]]
+
+
+@libero
+def test_info_is_what_gymnasium_wrappers_expect(one):
+    """Two real wrappers, over episode ends: a list of dicts, of which those that ended have their last observation."""
+    envs = DictInfoToList(RecordEpisodeStatistics(one))
+    obs, infos = envs.reset(seed=3)
+    assert [info["init_state"] for info in infos] == [-1] * N
+    for k in range(3):
+        actions = _actions(k)
+        obs, reward, terminated, truncated, infos = envs.step(actions)
+        assert isinstance(infos, list) and len(infos) == N
+        for i, info in enumerate(infos):
+            assert info["episode_length"] == 2 * (k + 1) and info["eef_pos"].shape == (3,)
+            assert (
+                ("final_obs" in info)
+                == ("final_info" in info)
+                == ("episode" in info)
+                == truncated[i]
+                == (k == 2)
+            )
+    for i, info in enumerate(infos):
+        assert one.single_observation_space.contains(info["final_obs"])
+        assert info["final_info"]["episode_length"] == 6 and not info["final_info"]["success"]
+        assert info["final_info"]["task_id"] == info["final_obs"]["task_id"] == info["task_id"]
+        assert info["episode"]["r"] == 0 and info["episode"]["l"] == 3
 
 
 @libero
@@ -205,7 +230,9 @@ def test_truncation_and_final_observation(one):
     last = _rollout(one, 3)[2]
     np.testing.assert_array_equal(last["final"], uncut[2]["frames"])
     np.testing.assert_array_equal(last["eef_pos"], uncut[2]["eef_pos"])  # of the state before the reset
-    assert last["2"].all() and not last["1"].any() and not last["0"].any()  # truncated, not terminated, no reward
+    assert (
+        last["2"].all() and not last["1"].any() and not last["0"].any()
+    )  # truncated, not terminated, no reward
 
 
 def _soup_in_basket(state, slot):
@@ -229,11 +256,31 @@ def test_success_ends_the_decision_early(one):
     state = _soup_in_basket(one.get_state(), slot=1)
     one.set_state(state)
     obs, reward, terminated, truncated, info = one.step(np.zeros((N, 7)))
-    assert reward.tolist() == [0, 1, 0] and terminated.tolist() == [False, True, False] and not truncated.any()
+    assert (
+        reward.tolist() == [0, 1, 0] and terminated.tolist() == [False, True, False] and not truncated.any()
+    )
     assert info["success"].tolist() == [False, True, False]
     assert info["episode_length"][1] < 4 and info["episode_length"][0] == 4
-    assert info["init_state"].tolist() == [0, 1, 2] and info["task_id_ended"].tolist() == [0, 0, 0]
-    assert one.curriculum.num_updates == int(state["curriculum_num_updates"])  # asked for: none of its business
+    assert info["init_state"].tolist() == [0, 1, 2] and info["task_id"].tolist() == [0, 0, 0]
+    assert one.curriculum.num_updates == int(
+        state["curriculum_num_updates"]
+    )  # asked for: none of its business
+
+
+def _interrupt_a_step(envs):
+    """Ctrl-C while the workers are at it."""
+
+    def interrupt():
+        while not envs._stepping:
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:  # until it arrives in the middle of one
+            envs.step(_actions(0))
+    thread.join()
 
 
 @libero
@@ -246,7 +293,10 @@ def test_saved_state_continues_equally(one, two, tmp_path):
     with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
         state = dict(file)
     _rollout(two, 1)
-    two.step_async(_actions(0))  # abandoned
+    _interrupt_a_step(two)
+    for call in (two.reset, two.get_state, lambda: two.step(_actions(0)), lambda: two.assign(0, 0)):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            call()
     obs = two.set_state(state)
     np.testing.assert_array_equal(obs["agentview"], state["agentview"])
     _assert_same(expected, _rollout(two, 5, first=4))
@@ -268,13 +318,15 @@ def test_curriculum_is_asked_and_told(one):
         one.curriculum.load_state_dict(Curriculum(TASKS).state_dict())
         for _ in range(20):
             one.curriculum.update(1, True)
-        assert _rollout(one, 3)[-1]["task_id"].tolist() == [0] * N  # fresh statistics, not those of an episode ago
+        assert (
+            _rollout(one, 3)[-1]["next_task"].tolist() == [0] * N
+        )  # fresh statistics, not those of an episode ago
     finally:
         one.curriculum = before
 
 
 @libero
-def test_assignments_and_parking(one):
+def test_assignments_and_idle_environments(one):
     one.action_repeat, one.max_steps = 2, 4
     obs, info = one.reset(options={"task_ids": [1, None, 0], "init_states": [7, None, 3]})
     assert one.active.tolist() == [True, False, True] and obs["task_id"][[0, 2]].tolist() == [1, 0]
@@ -285,7 +337,7 @@ def test_assignments_and_parking(one):
     *_, truncated, info = one.step(_actions(1))
     assert truncated.tolist() == [True, False, True] and info["started"].tolist() == [True, False, False]
     assert info["init_state"][[0, 2]].tolist() == [7, 3] and one.active.tolist() == [True, False, False]
-    one.assign(1, 1, 0)  # a parked slot begins with the next step
+    one.assign(1, 1, 0)  # an idle environment begins with the next step
     *_, truncated, info = one.step(_actions(2))
     assert info["started"].tolist() == [False, True, False] and one.active.tolist() == [True, True, False]
     *_, truncated, info = one.step(_actions(3))
@@ -296,24 +348,16 @@ def test_assignments_and_parking(one):
 
 
 @libero
-def test_protocol_states_and_manual_reset(tmp_path):
-    envs = _make(1, init_states="protocol", autoreset=False, tasks_per_worker=1, max_steps=2)
+def test_protocol_states():
+    envs = _make(1, init_states="protocol", tasks_per_worker=1, max_steps=2)
     try:
         _, info = envs.reset(options={"task_ids": [0, 1, 0]})
-        assert (info["init_state"] == -1).all()  # asked for without one
+        assert (info["init_state"] == -1).all()  # assigned without one
         _, info = envs.reset()
-        assert ((0 <= info["init_state"]) & (info["init_state"] < 50)).all()
-        assert envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED
-        obs, _, _, truncated, info = envs.step(_actions(0))
-        assert truncated.all() and not envs.active.any()
-        np.testing.assert_array_equal(obs["agentview"], info["final_obs"]["agentview"])
-        before = obs["agentview"].copy()
-        obs, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
-        assert envs.active.tolist() == [False, True, False]
-        changed = [not np.array_equal(x, y) for x, y in zip(before, obs["agentview"])]
-        assert changed == [False, True, False]
-        _, _, terminated, truncated, _ = envs.step(_actions(1))
-        assert truncated.tolist() == [False, True, False]
+        first = info["init_state"].tolist()
+        assert all(0 <= i < 50 for i in first)
+        _, _, _, truncated, info = envs.step(_actions(0))
+        assert truncated.all() and info["init_state"].tolist() == first
     finally:
         envs.close()
 
@@ -329,14 +373,20 @@ def test_lost_worker_is_replaced_and_the_others_keep_their_data(two, capfd, how)
     undisturbed = _rollout(two, 8)
     two.reset(seed=4)
     _assert_same(undisturbed[:2], _rollout(two, 2))
-    last_seen = two._s.agentview.copy()
+    last_seen = two._arrays.agentview.copy()
     capfd.readouterr()
     os.kill(two.worker_pids[0], how)  # owns slots 0 and 1
     obs, reward, terminated, truncated, info = two.step(_actions(2))
-    assert truncated.tolist() == [True, True, False] == info["worker_restarted"].tolist()
+    assert (
+        truncated.tolist()
+        == [True, True, False]
+        == info["worker_restarted"].tolist()
+        == info["lost"].tolist()
+    )
     assert not terminated.any() and not reward.any()
     assert info["started"].tolist() == [True, True, False]
-    np.testing.assert_array_equal(info["final_obs"]["agentview"][:2], last_seen[:2])
+    for i in range(2):
+        np.testing.assert_array_equal(info["final_obs"][i]["agentview"], last_seen[i])
     _assert_same(undisturbed[2:3], [_record(obs, info, reward, terminated, truncated)], slice(2, 3))
     _assert_same(undisturbed[3:], _rollout(two, 5, first=3), slice(2, 3))
     lines = capfd.readouterr().err.strip().splitlines()
@@ -351,11 +401,10 @@ def test_kills_at_any_moment_lose_nothing(two):
     rng = np.random.default_rng(0)
     expected_length = np.zeros(N, int)
     for k in range(12):
-        two.step_async(_actions(k))
         if k % 4 == 1:
-            time.sleep(rng.uniform(0, 0.12))
-            os.kill(two.worker_pids[k // 4 % 2], signal.SIGKILL)
-        _, reward, terminated, truncated, info = two.step_wait()
+            pid = two.worker_pids[k // 4 % 2]
+            threading.Timer(rng.uniform(0, 0.12), os.kill, (pid, signal.SIGKILL)).start()
+        _, reward, terminated, truncated, info = two.step(_actions(k))
         cut = info["worker_restarted"]
         assert (truncated[cut]).all() and not terminated[cut].any()
         length = info["episode_length"]
@@ -372,25 +421,31 @@ def test_what_a_dying_worker_had_reported_stands(one, ends):
     undisturbed = _rollout(one, 3)[-1]
     one.reset(seed=9)
     _rollout(one, 2)
-    one.step_async(_actions(2))
-    while one._s.status[0] != DONE:
-        pass
-    os.kill(one.worker_pids[0], signal.SIGKILL)
-    obs, *flags, info = one.step_wait()
+    pid, one._arrays.progress[0] = one.worker_pids[0], NEW
+
+    def kill():
+        while one._arrays.progress[0] != DONE:
+            pass
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    obs, *flags, info = one.step(_actions(2))
+    thread.join()
     record = _record(obs, info, *flags)
     if ends:
         assert info["worker_restarted"].tolist() == [False, True, True] and info["started"].all()
         _assert_same([undisturbed], [record], slice(0, 1))
     else:
         assert info["worker_restarted"].all() and flags[2].all()
-        for name in ("eef_pos", "episode_length", "task_id_ended", "init_state"):
+        for name in ("eef_pos", "episode_length", "task_id", "init_state"):
             np.testing.assert_array_equal(record[name][0], undisturbed[name][0])
         np.testing.assert_array_equal(record["final"][0], undisturbed["frames"][0])
 
 
 @libero
 def test_gives_up_on_a_worker_that_never_recovers(capfd, monkeypatch):
-    monkeypatch.setattr("envs.BUILD_TIMEOUT", 0.2)  # no start can make that
+    monkeypatch.setattr("simulator.pool.BUILD_TIMEOUT", 0.2)  # no start can make that
     with pytest.raises(UserError, match="giving up"):
         _make(1)
     assert capfd.readouterr().err.count("restarting") == 3
@@ -399,7 +454,9 @@ def test_gives_up_on_a_worker_that_never_recovers(capfd, monkeypatch):
 def _gone(pids, seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        alive = [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+        alive = [
+            p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE
+        ]
         if not alive:
             return True
         time.sleep(0.1)
@@ -412,15 +469,20 @@ def _gone(pids, seconds):
 def test_nothing_outlives_the_main_process(how, moment):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy as np, envs\n"
-        "spawn = envs.LiberoVecEnv._spawn\n"
-        "def loud(self, handle): spawn(self, handle); print(handle.process.pid, flush=True)\n"
-        "envs.LiberoVecEnv._spawn = loud\n"
+        "from simulator.pool import WorkerProcess\n"
+        "spawn = WorkerProcess.spawn\n"
+        "def loud(self, config): spawn(self, config); print(self.process.pid, flush=True)\n"
+        "WorkerProcess.spawn = loud\n"
         "e = envs.LiberoVecEnv('libero_object', 2, [0], num_workers=2, progress=False); e.reset()\n"
         "while True: e.step(np.zeros((2, 7))); print('step', flush=True)\n"
     )
     shared_before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     pids = [int(process.stdout.readline()) for _ in range(2)]
     if moment == "stepping":
@@ -432,7 +494,9 @@ def test_nothing_outlives_the_main_process(how, moment):
     process.communicate(timeout=20)
     assert _gone(pids, 15)
     if shared_before:
-        assert not [n for n in set(os.listdir("/dev/shm")) - shared_before if "libero" in n or n.startswith("psm_")]
+        assert not [
+            n for n in set(os.listdir("/dev/shm")) - shared_before if "libero" in n or n.startswith("psm_")
+        ]
 
 
 @libero
@@ -459,15 +523,8 @@ def test_bad_actions_are_named_and_nothing_moves(one):
             one.step(actions)
     with pytest.raises(ValueError, match=r"shape \(3, 7\)"):
         one.step(np.zeros((2, 7)))
-    with pytest.raises(RuntimeError, match="step_async"):
-        one.step_wait()
     after = one.get_state()
     assert all(np.array_equal(before[k], after[k]) for k in before)
-    one.step_async(np.zeros((N, 7)))
-    for call in (one.reset, one.get_state, lambda: one.step_async(np.zeros((N, 7)))):
-        with pytest.raises(RuntimeError, match="under way"):
-            call()
-    one.step_wait()
 
 
 @libero

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_train import SMALL, _command, _start, _wait_for_iteration, models  # noqa: F401 (a fixture)
 
 from support import errors
-from simulator import workers
+from simulator.pool import WorkerProcess
 from support import runs
 from policy import ActorCritic, build_tiny
 from ppo import NumericsError, PPOConfig, RolloutBuffer, ppo_update
@@ -223,7 +223,7 @@ def test_a_deleted_run_directory_is_written_again(models, tmp_path):  # noqa: F8
 @pytest.mark.parametrize("code, hung", [("import time; time.sleep(600)", True), ("while True: pass", False)])
 def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
     """However slow a busy process is on a loaded machine, it is not hung."""
-    handle = workers.Handle(0, [0])
+    handle = WorkerProcess(0, [0])
     handle.building, handle.process = False, subprocess.Popen([sys.executable, "-c", code])
     try:
         time.sleep(2.0)  # Python starts
