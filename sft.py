@@ -1,89 +1,101 @@
-"""Supervised fine-tuning: from demonstrations to the imitation policy that reinforcement learning starts from.
+"""Imitation: from demonstrations to the policy that reinforcement learning starts from (supervised fine-tuning).
 
 OpenVLA learns to act as a language model learns to write: each of the 7 action dimensions is one token, and the loss is the
-cross entropy of the demonstrated tokens given image, instruction and the tokens before them (teacher forcing). Here:
+cross entropy of the demonstrated tokens given image, instruction and the tokens before them (teacher forcing). Four things
+around that loss:
 
-* `dataset_statistics` gives the 1st and 99th percentile of every action dimension; between them an action is mapped to
-  [-1, 1] and cut into 256 bins. The statistics are saved with the weights, because decoding needs the same numbers.
-* Neighbouring bins mean nearly the same motion. The tiny model, which starts from random weights, is told so: the target of
-  a continuous dimension is a narrow Gaussian over bins (`--label-sigma`), which is plain cross entropy at 0.
-* Images are augmented as in official training: a random crop of 90 % of the area, and colour jitter.
-* The saved weights are an exponential moving average over the training steps, which acts better in closed loop.
+* Statistics. The 1st and 99th percentile of every action dimension bound what is mapped to [-1, 1] and put into 256 bins.
+  They are saved with the weights, one entry per data set, because decoding needs the same numbers.
+* Soft targets. Neighbouring bins mean nearly the same motion. The tiny model, which starts from random weights, is told so:
+  the target of a continuous dimension is a narrow Gaussian over bins (`--label-sigma`); 0 is plain cross entropy.
+* Augmentation, as in official training: a random crop of 90 % of the area, and colour jitter.
+* An average. The saved weights are an exponential moving average over the steps, which acts better in closed loop.
 
-Held-out loss and action accuracy are measured on whole demonstrations that were left out.
+Held-out loss and accuracy are measured on whole demonstrations that were left out. They do not tell how the policy acts;
+`--eval-every` does, in the simulator.
 
     python sft.py --suite libero_object --data data --out checkpoints/libero_object/policy
+    python sft.py --resume checkpoints/libero_object/policy              # go on exactly where a training was stopped
 """
 
+from dataclasses import asdict, dataclass
+
+from support.cli import flag, parse_args
+
+
+@dataclass
+class Args:
+    suite: str = flag("libero_object", "data sets, as in libero_object,libero_goal: keys of the statistics")
+    data: str = flag("data", "directory with <suite>/<task>_demo.hdf5 (see demos.py)")
+    out: str = flag("runs/sft", "directory of the checkpoint to write")
+    resume: str | None = flag(None, "directory of a training to go on with, with its own settings")
+    init: str | None = flag(None, "checkpoint to start from", default="openvla-tiny, random weights")
+    max_demos: int = flag(0, "use only so many demonstrations per task; 0 = all", min=0)
+    steps: int = flag(8000, "optimiser steps", min=1)
+    batch_size: int = flag(32, "frames per optimiser step", min=1)
+    lr: float = flag(1e-3, "peak learning rate (AdamW); cosine decay to 2 %", min=0)
+    warmup: int = flag(200, "steps of linear learning-rate warm-up", min=1)
+    weight_decay: float = flag(0.05, "AdamW weight decay of the matrices", min=0)
+    label_sigma: float = flag(
+        8.0, "width, in bins, of soft targets of continuous dimensions; 0 = one-hot", min=0
+    )
+    jitter: float = flag(0.2, "colour jitter; 1 = OpenVLA's training recipe", min=0)
+    ema: float = flag(0.998, "decay per step of the averaged weights that are saved", max=1)
+    held_out: float = flag(0.05, "share of demonstrations kept for measuring", min=0, max=0.9)
+    save_every: int = flag(1000, "steps between checkpoints, each with held-out loss", min=1)
+    eval_every: int = flag(
+        0, "steps between evaluations in the simulator, a multiple of --save-every; 0 = none", min=0
+    )
+    eval_episodes: int = flag(
+        50, "episodes of each evaluation, spread over the tasks (fewer: over the first)", min=1
+    )
+    threads: int = flag(0, "torch threads; 0 = torch's choice", min=0)
+    seed: int = flag(0, "seed of initial weights, split, order and augmentation", min=0, max=2**32 - 1)
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds: --help answers at once
+    args = parse_args(Args, "Imitation: supervised fine-tuning of OpenVLA on demonstrations.")
+
+import contextlib
+import itertools
 import json
 import math
+import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import demos
-from support.cli import parse_args
-from support.errors import main_guard, UserError
-from support.files import atomic_write
+from envs import NUM_INIT_STATES, LiberoVecEnv
+from eval import evaluate
+from policy import (
+    OpenVLA,
+    build_tiny,
+    crop_and_normalize,
+    explain_out_of_memory,
+    policy_convention,
+    resize_frames,
+)
+from simulator.suites import num_tasks
+from support.cli import parse_settings
+from support.errors import UserError, main_guard
+from support.files import atomic_write, read_json
 from support.machine import seed_everything
 from support.quiet import progress_bar
-from policy import OpenVLA, build_tiny, crop_and_normalize, explain_out_of_memory, resize_frames
-
-
-@dataclass
-class Args:
-    suite: str = field(default="libero_object", metadata={"help": "suite name; also the key of the action statistics"})
-    data: str = field(default="data", metadata={"help": "directory with <suite>/<task>_demo.hdf5 (see demos.py)"})
-    out: str = field(default="runs/sft", metadata={"help": "directory of the checkpoint to write"})
-    init: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint directory to start from", "default": "openvla-tiny, random weights"}
-    )
-    max_demos: int = field(default=0, metadata={"help": "use only so many demonstrations per task; 0 = all", "min": 0})
-    steps: int = field(default=8000, metadata={"help": "optimiser steps", "min": 1})
-    batch_size: int = field(default=32, metadata={"help": "frames per optimiser step", "min": 1})
-    lr: float = field(default=1e-3, metadata={"help": "peak learning rate (AdamW); cosine decay to 2 %", "min": 0})
-    warmup: int = field(default=200, metadata={"help": "steps of linear learning-rate warm-up", "min": 1})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of the matrices", "min": 0})
-    label_sigma: float = field(
-        default=8.0,
-        metadata={"help": "width, in bins, of the soft targets of continuous dimensions; 0 = one-hot", "min": 0},
-    )
-    jitter: float = field(default=0.2, metadata={"help": "colour jitter; 1 = OpenVLA's training recipe", "min": 0})
-    ema: float = field(
-        default=0.998, metadata={"help": "decay per step of the averaged weights that are saved", "max": 1}
-    )
-    held_out: float = field(
-        default=0.05, metadata={"help": "share of demonstrations kept for measuring", "min": 0, "max": 0.9}
-    )
-    eval_every: int = field(default=1000, metadata={"help": "steps between measurements and checkpoints", "min": 1})
-    threads: int = field(default=0, metadata={"help": "torch threads; 0 = torch's choice", "min": 0})
-    seed: int = field(
-        default=0,
-        metadata={"help": "seed of initial weights, split, order and augmentation", "min": 0, "max": 2**32 - 1},
-    )
-
+from support.training import StopRequest, load_state, plot_imitation, save_state
 
 # --------------------------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def to_policy_convention(actions):
-    """LIBERO file actions (T, 7) -> OpenVLA's: gripper -1 = open, +1 = close becomes 1 = open, 0 = close."""
-    actions = np.array(actions, np.float64)
-    actions[:, 6] = (actions[:, 6] < 0).astype(np.float64)
-    return actions
-
-
 def group_actions(actions, repeat):
     """Actions of `repeat` consecutive control steps as one decision: deltas averaged, the gripper's last command.
 
-    actions (T, 7), one row per control step -> (T - repeat + 1, 7), one row per possible starting step. This is how an official
+    actions (T, 7), one row per control step -> (T - repeat + 1, 7), one row per possible first step. This is how an official
     demonstration (20 Hz) trains a policy that acts every `repeat` steps; a delta command held for k steps is their mean.
     """
     if repeat == 1 or len(actions) < repeat:
@@ -93,7 +105,7 @@ def group_actions(actions, repeat):
 
 
 def dataset_statistics(actions, num_trajectories):
-    """OpenVLA's `norm_stats` entry: per-dimension statistics; the gripper (last) is not normalised."""
+    """OpenVLA's `norm_stats` entry of actions (F, 7): per-dimension statistics; the gripper (last) is not normalised."""
     return {
         "action": {
             "mean": actions.mean(0).tolist(),
@@ -110,39 +122,42 @@ def dataset_statistics(actions, num_trajectories):
 
 
 class Dataset:
-    """Every frame of the demonstrations in memory, already through the JPEG and resize of the policy's preprocessing.
+    """Every frame of some data sets in memory, already through the JPEG and resize of the policy's preprocessing.
 
-    images (F, 3, S, S) uint8; actions (F, 7) policy convention; instruction index (F,); demo index (F,).
+    actions (F, 7) policy convention; per frame the index of its instruction, demonstration and data set (F,).
     """
 
-    def __init__(self, path, image_size, action_repeat, max_demos=0):
-        images, actions, instruction, demo_index, self.instructions = [], [], [], [], []
-        files = demos.demo_files(path)
-        count = 0
-        for file in progress_bar(files, desc="loading demonstrations", unit="file"):
-            for k, demo in enumerate(demos.read_demos(file)):
-                if max_demos and k >= max_demos:
-                    break
+    def __init__(self, sources, image_size, action_repeat, max_demos=0):
+        """sources: {name of the data set: directory or file}."""
+        self._images = []  # one (T, 3, S, S) uint8 per demonstration: joined, they would need the memory twice
+        self.suites, self.instructions, actions, indices = list(sources), [], [], []
+        files = [(suite, file) for suite, path in sources.items() for file in demos.demo_files(path)]
+        for suite, file in progress_bar(files, desc="loading demonstrations", unit="file"):
+            for demo in itertools.islice(demos.read_demos(file), max_demos or None):
                 if action_repeat % demo["action_repeat"]:
                     raise UserError(
-                        f"{file} was recorded with {demo['action_repeat']} control steps per row, the model acts every "
-                        f"{action_repeat}: record again with `demos.py --action-repeat {action_repeat}`"
+                        f"{file} was recorded with {demo['action_repeat']} control steps per row, the model acts "
+                        f"every {action_repeat}: record again with `demos.py --action-repeat {action_repeat}`"
                     )
-                a = group_actions(to_policy_convention(demo["actions"]), action_repeat // demo["action_repeat"])
+                a = policy_convention(demo["actions"])
+                a = group_actions(a, action_repeat // demo["action_repeat"])  # (T, 7)
                 if len(a) == 0 or not np.isfinite(a).all():
-                    raise UserError(f"{file} {demo['name']}: too short or not finite; remove that demonstration")
+                    raise UserError(
+                        f"{file} {demo['name']}: too short or not finite; remove that demonstration"
+                    )
                 if demo["instruction"] not in self.instructions:
                     self.instructions.append(demo["instruction"])
-                images.append(resize_frames(demo["agentview"][: len(a)], image_size).numpy())
+                numbers = self.instructions.index(demo["instruction"]), len(actions), self.suites.index(suite)
+                indices += [(*numbers, t) for t in range(len(a))]
+                self._images.append(resize_frames(demo["agentview"][: len(a)], image_size))
                 actions.append(a)
-                instruction += [self.instructions.index(demo["instruction"])] * len(a)
-                demo_index += [count] * len(a)
-                count += 1
-        self.images = torch.from_numpy(np.concatenate(images))
-        self.actions = np.concatenate(actions)
-        self.instruction = torch.tensor(instruction)
-        self.demo = torch.tensor(demo_index)
-        self.num_demos = count
+        self.actions, self.num_demos = np.concatenate(actions), len(actions)
+        self.instruction, self.demo, self.suite, self._frame = torch.tensor(indices).T
+
+    def images(self, rows):
+        """(B, 3, S, S) uint8 of frames `rows` (B,)."""
+        where = zip(self.demo[rows].tolist(), self._frame[rows].tolist(), strict=True)
+        return torch.stack([self._images[demo][t] for demo, t in where])
 
     def split(self, held_out, generator):
         """Frame indices (train, held out), whole demonstrations on either side."""
@@ -151,51 +166,38 @@ class Dataset:
         held[order[: round(held_out * self.num_demos)]] = True
         return (~held[self.demo]).nonzero()[:, 0], held[self.demo].nonzero()[:, 0]
 
+    def tokenize(self, model):
+        """Targets of every frame: tokens (F, 7), and where they may be soft (F, 7) bool: dimensions that move, not the
+        gripper. Each data set by its own statistics, which the model keeps."""
+        tokens = torch.empty(self.actions.shape, dtype=torch.long)
+        soft = torch.zeros(self.actions.shape, dtype=torch.bool)
+        for k, suite in enumerate(self.suites):
+            rows = self.suite == k
+            actions = self.actions[rows.numpy()]
+            model.norm_stats[suite] = dataset_statistics(actions, len(self.demo[rows].unique()))
+            tokens[rows] = torch.from_numpy(np.asarray(model.encode_actions(actions, suite)))
+            soft[rows, :6] = torch.from_numpy(np.ptp(actions, axis=0) > 1e-6)[:6]
+        return tokens, soft
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Loss
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def action_loss(logits, bins, sigma, soft_dims):
+def action_loss(logits, bins, sigma, soft):
     """Cross entropy of the action tokens, with Gaussian targets over neighbouring bins where that makes sense.
 
     logits (B, 7, 256) float32; bins (B, 7) int64, the demonstrated bin; sigma: width in bins (0 = one-hot);
-    soft_dims (7,) bool: continuous dimensions with a range (not the gripper, not a dimension that never moves).
-    Returns (B, 7) nats.
+    soft (B, 7) or (7,) bool: continuous dimensions with a range. Returns (B, 7) nats.
     """
     log_p = logits.log_softmax(-1)
     hard = -log_p.gather(-1, bins[..., None])[..., 0]
-    if sigma == 0 or not soft_dims.any():
+    if sigma == 0 or not soft.any():
         return hard
     distance = torch.arange(logits.shape[-1], device=logits.device) - bins[..., None]
     target = torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
-    return torch.where(soft_dims, -(target * log_p).sum(-1), hard)
-
-
-@torch.no_grad()
-def measure(model, data, index, input_ids, mask, tokens, sigma, soft_dims, batch_size=256):
-    """Held-out loss and accuracy (exact bin; within 5 bins, i.e. 2 % of the range; gripper), centre crop, no jitter."""
-    sums, n = torch.zeros(4), 0
-    for rows in index.split(batch_size):
-        pixels = crop_and_normalize(data.images[rows]).to(model.device)
-        where = data.instruction[rows]
-        target = tokens[rows]
-        bins = model.action_tokenizer.token_to_bin(target)
-        logits = model.action_logits(input_ids[where], mask[where], target, pixel_values=pixels)
-        loss = action_loss(logits, bins, sigma, soft_dims)
-        off = (logits.argmax(-1) - bins).abs()
-        sums += torch.stack(
-            [
-                loss.mean(1).sum(),
-                (off == 0).float().mean(1).sum(),
-                (off <= 5).float().mean(1).sum(),
-                (off[:, 6] == 0).float().sum(),
-            ]
-        ).cpu()
-        n += len(rows)
-    names = ("loss", "accuracy", "accuracy_within_5_bins", "gripper_accuracy")
-    return {k: float(v) / max(n, 1) for k, v in zip(names, sums, strict=True)}
+    return torch.where(soft, -(target * log_p).sum(-1), hard)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,100 +205,230 @@ def measure(model, data, index, input_ids, mask, tokens, sigma, soft_dims, batch
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def train(args, model, data, out):
-    generator = torch.Generator().manual_seed(args.seed)
-    train_index, held_index = data.split(args.held_out, generator)
-    model.norm_stats[args.suite] = dataset_statistics(data.actions, data.num_demos)
-    tokens = torch.from_numpy(np.asarray(model.encode_actions(data.actions, args.suite))).to(model.device)
-    spread = np.ptp(data.actions, axis=0)
-    soft_dims = torch.tensor([bool(s > 1e-6) for s in spread[:6]] + [False], device=model.device)
-    input_ids, mask = model.tokenize(data.instructions)
+class Training:
+    """What training changes: weights, their average, optimiser, generator, step and log. `state_dict` is all of it."""
 
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-    )
-    average = {k: v.detach().clone() for k, v in model.named_parameters()}
-    log = []
-    print(
-        f"sft: {len(train_index)} frames of {data.num_demos} demonstrations, {len(data.instructions)} instructions, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps of {args.batch_size}"
-    )
-
-    def save(step):
-        """Measure and save the averaged weights, then put the training weights back."""
-        current = {k: v.detach().clone() for k, v in model.named_parameters()}
-        with torch.no_grad():
-            for k, v in model.named_parameters():
-                v.copy_(average[k])
-        metrics = measure(model, data, held_index, input_ids, mask, tokens, args.label_sigma, soft_dims)
-        model.save_pretrained(out)
-        with torch.no_grad():
-            for k, v in model.named_parameters():
-                v.copy_(current[k])
-        log.append(
-            {
-                "step": step,
-                "samples": step * args.batch_size,
-                "seconds": round(time.time() - start, 1),
-                "train_loss": running,
-                **{f"held_out_{k}": round(v, 4) for k, v in metrics.items()},
-            }
+    def __init__(self, args, model, data):
+        self.args, self.model, self.data = args, model, data
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.train_rows, self.held_rows = data.split(args.held_out, self.generator)
+        self.tokens, self.soft = data.tokenize(model)
+        self.input_ids, self.mask = model.tokenize(data.instructions)
+        self.weights = dict(model.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        matrices, others = (
+            [p for p in self.weights.values() if (p.ndim >= 2) == wide] for wide in (True, False)
         )
-        atomic_write(out / "sft_log.json", json.dumps({"args": vars(args), "log": log}, indent=1))
-        tqdm.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()))
+        groups = (
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        )
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+        self.step, self.seconds, self.running_loss, self.log = 0, 0.0, float("nan"), []
 
-    running, start = float("nan"), time.time()
-    bar = progress_bar(range(1, args.steps + 1), desc="sft", unit="step")
-    for step in bar:
-        scale = min(1.0, step / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * scale
-        rows = train_index[torch.randint(len(train_index), (args.batch_size,), generator=generator)]
-        pixels = crop_and_normalize(data.images[rows], crop="random", jitter=args.jitter, generator=generator)
-        where, target = data.instruction[rows], tokens[rows]
-        logits = model.action_logits(input_ids[where], mask[where], target, pixel_values=pixels.to(model.device))
-        loss = action_loss(logits, model.action_tokenizer.token_to_bin(target), args.label_sigma, soft_dims).mean()
+    def loss_and_logits(self, rows, pixel_values):
+        """Next-token prediction of frames `rows`: loss (B, 7) nats, logits (B, 7, 256), demonstrated bins (B, 7)."""
+        device, prompt, tokens = self.model.device, self.data.instruction[rows], self.tokens[rows]
+        bins = self.model.action_tokenizer.token_to_bin(tokens).to(device)
+        logits = self.model.action_logits(
+            self.input_ids[prompt], self.mask[prompt], tokens.to(device), pixel_values=pixel_values.to(device)
+        )
+        return action_loss(logits, bins, self.args.label_sigma, self.soft[rows].to(device)), logits, bins
+
+    def train_step(self, step):
+        """One optimiser step; steps count from 1."""
+        args, self.step = self.args, step
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * (min(1.0, step / args.warmup) * cosine)
+
+        # A mini-batch of frames, each seen through another crop and other colours.
+        drawn = torch.randint(len(self.train_rows), (args.batch_size,), generator=self.generator)
+        rows = self.train_rows[drawn]
+        pixels = crop_and_normalize(self.data.images(rows), "random", args.jitter, self.generator)
+
+        loss = self.loss_and_logits(rows, pixels)[0].mean()
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is {loss.item()} at step {step}: lower --lr; the last checkpoint in {out} is intact"
+                f"the loss is {loss.item()} at step {step}: lower --lr; the last checkpoint is intact"
             )
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        d = min(args.ema, (1 + step) / (10 + step))  # a short memory at first, when the weights still move fast
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self.optimizer.step()
+
+        # The average has a short memory at first, when the weights still move fast.
+        decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - d)
-        running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{running:.3f}", refresh=False)
-        if step % args.eval_every == 0 or step == args.steps:
-            save(step)
+            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+        first, loss = math.isnan(self.running_loss), loss.item()
+        self.running_loss = loss if first else 0.98 * self.running_loss + 0.02 * loss
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """The model with the averaged weights, which are what is measured and saved."""
+        now = {name: p.detach().clone() for name, p in self.weights.items()}
+        try:
+            self._assign(self.average)
+            yield self.model
+        finally:
+            self._assign(now)
+
+    @torch.no_grad()
+    def _assign(self, tensors):
+        for name, p in self.weights.items():
+            p.copy_(tensors[name])
+
+    @torch.no_grad()
+    def measure(self):
+        """Held-out loss and accuracy (exact bin; within 5 bins, 2 % of the range; gripper), centre crop, no jitter."""
+        if not len(self.held_rows):
+            return {}
+        sums = torch.zeros(4)
+        for rows in self.held_rows.split(256):
+            loss, logits, bins = self.loss_and_logits(rows, crop_and_normalize(self.data.images(rows)))
+            off = (logits.argmax(-1) - bins).abs()
+            exact, near = (off == 0).float(), (off <= 5).float()
+            sums += torch.stack((loss.mean(1), exact.mean(1), near.mean(1), exact[:, 6])).sum(1).cpu()
+        names = ("loss", "accuracy", "accuracy_within_5_bins", "gripper_accuracy")
+        means = (sums / len(self.held_rows)).tolist()
+        return {f"held_out_{name}": round(mean, 4) for name, mean in zip(names, means, strict=True)}
+
+    _COUNTERS = ("step", "seconds", "running_loss", "log")
+
+    def state_dict(self):
+        return {
+            "weights": {name: p.detach() for name, p in self.weights.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "data": self._data_identity(),
+            **{name: getattr(self, name) for name in self._COUNTERS},
+        }
+
+    def load_state_dict(self, state):
+        if state["data"] != self._data_identity():
+            raise UserError("these are not the demonstrations that the training began with: put those back")
+        self._assign(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for name, tensor in self.average.items():
+            tensor.copy_(state["average"][name])
+        for name in self._COUNTERS:
+            setattr(self, name, state[name])
+
+    def _data_identity(self):
+        return [self.data.num_demos, len(self.data.actions), float(self.data.actions.sum())]
+
+
+def success_rate(args, model, environments):
+    """Success in closed loop on the first protocol states of every task, mean over the suites.
+
+    These are states that eval.py plays, so that the numbers compare. That is fair as long as nothing is chosen by it: what
+    is saved is always the last average. environments: {suite: LiberoVecEnv}, filled here when first needed, because
+    building the tasks takes longer than playing them.
+    """
+    rates = []
+    for suite in args.suite.split(","):
+        task_ids = list(range(min(num_tasks(suite), args.eval_episodes)))
+        per_task = min(NUM_INIT_STATES, args.eval_episodes // len(task_ids))
+        if suite not in environments:
+            n = min(16, per_task * len(task_ids))
+            environments[suite] = LiberoVecEnv(
+                suite, n, task_ids, action_repeat=model.action_repeat, progress=False
+            )
+        # Temperature 1: as reinforcement learning will sample.
+        result = evaluate(model, suite, task_ids, per_task, envs=environments[suite], temperature=1.0)
+        rates.append(result.success_rate)
+    return float(np.mean(rates))
+
+
+def open_directory(args):
+    """(args, directory, the file with what --resume needs): with --resume the settings are those of that training."""
+    out = Path(args.resume or args.out)
+    state = out / "training.pt"  # there until the training is done
+    if args.resume:
+        args = parse_settings(Args, read_json(out / "sft_log.json").get("args"), out / "sft_log.json")
+        if not state.exists():
+            raise UserError(f"{out} holds no unfinished training: {state} is missing")
+    elif state.exists():
+        raise UserError(f"{out} holds an unfinished training: --resume {out}, or another --out")
+    return args, out, state
 
 
 @main_guard
-def main():
-    args = parse_args(Args, "Supervised fine-tuning of OpenVLA on demonstrations (imitation learning).")
+def main(args):
+    resumed = args.resume is not None
+    args, out, state = open_directory(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     seed_everything(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = OpenVLA.from_pretrained(args.init, device=device) if args.init else build_tiny(args.seed, device=device)
-    source = Path(args.data) / args.suite
-    data = Dataset(source if source.is_dir() else args.data, model.image_size, model.action_repeat, args.max_demos)
-    out = Path(args.out)
+    if args.init:
+        model = OpenVLA.from_pretrained(args.init, device=device)
+    else:
+        model = build_tiny(args.seed, device=device)
+    suites = args.suite.split(",")
+    sources = {suite: Path(args.data) / suite for suite in suites}
+    if len(suites) == 1 and not sources[args.suite].is_dir():
+        sources = {args.suite: args.data}
+    data = Dataset(sources, model.image_size, model.action_repeat, args.max_demos)
+    training = Training(args, model, data)
+    if resumed:
+        load_state(training, state)
+    print(
+        f"sft: {len(training.train_rows)} frames of {data.num_demos} demonstrations, {len(data.instructions)} "
+        f"instructions, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps of "
+        f"{args.batch_size}" + (f"; resumed after step {training.step}" if resumed else "")
+    )
+
+    def save_log():
+        log = {"args": asdict(args), "log": training.log}
+        atomic_write(out / "sft_log.json", json.dumps(log, indent=1))
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise UserError(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
+    save_log()  # the settings, for --resume
+    stop, environments, began = StopRequest(), {}, time.time() - training.seconds
+    steps = range(training.step + 1, args.steps + 1)
+    bar = progress_bar(steps, initial=training.step, total=args.steps, desc="sft", unit="step")
     with explain_out_of_memory("lower --batch-size"):
-        train(args, model, data, out)
-    print(f"saved {out}; evaluate it with: python eval.py --suite {args.suite} --checkpoint {out}")
+        for step in bar:
+            training.train_step(step)
+            training.seconds = time.time() - began
+            last = step == args.steps
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{training.running_loss:.3f}", refresh=False)
+            if last or step % args.save_every == 0:
+                entry = {
+                    "step": step,
+                    "samples": step * args.batch_size,
+                    "seconds": round(training.seconds, 1),
+                }
+                entry["train_loss"] = training.running_loss
+                with training.averaged_weights():
+                    entry |= training.measure()
+                    if args.eval_every and (last or step % args.eval_every == 0):
+                        entry["success_rate"] = success_rate(args, model, environments)
+                    model.save_pretrained(out)
+                training.log.append(entry)
+                tqdm.write(
+                    "  ".join(
+                        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
+                    )
+                )
+                save_log()
+                plot_imitation(training.log, out / "sft.png")
+                save_state(training.state_dict(), state)
+            if stop.requested and not last:
+                save_state(training.state_dict(), state)
+                print(f"stopped after step {step}; go on with: python sft.py --resume {out}", file=sys.stderr)
+                sys.exit(130)
+    state.unlink()
+    print(f"saved {out}; evaluate it with: python eval.py --suite {suites[0]} --checkpoint {out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -89,8 +89,8 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data, capsys)
     "main, argv",
     [
         (evaluation.main, ["--checkpoint", "TEXT"]),
-        (sft.main, ["--init", "TEXT"]),
-        (sft.main, ["--data", "TEXT"]),
+        (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--init", "TEXT"]),
+        (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--data", "TEXT"]),
         (demos.main, ["--suite", "TEXT"]),
         (train.main, ["--suite", "TEXT"]),
         (train.main, ["--resume", "TEXT"]),
@@ -347,7 +347,7 @@ def demonstration(steps=5):
 def use_demonstrations(path):
     """As all three readers do."""
     list(demos.read_demos(path))
-    sft.Dataset(path, 32, 4)
+    sft.Dataset({"toy": path}, 32, 4)
     for trajectory in reward_model.read_trajectories(path):
         reward_model.label(trajectory, reward_model.LabelRule())
 

@@ -1,8 +1,10 @@
 """sft.py: labels that decode to what was demonstrated, a loss checked by hand, and training that learns."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,21 @@ from hypothesis import strategies as st
 
 import demos
 import sft
-from policy import OpenVLA, build_tiny
+from policy import OpenVLA, build_tiny, policy_convention
+from support.errors import UserError
+from support.training import load_state, save_state
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
-    vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=8
+    vision_width=32,
+    vision_blocks=2,
+    vision_heads=2,
+    width=32,
+    layers=2,
+    heads=2,
+    mlp=64,
+    image_size=32,
+    patch_size=8,
 )
 
 
@@ -34,13 +46,15 @@ def test_grouped_actions_are_means_and_last_gripper(repeat, extra, seed):
 
 def test_gripper_changes_convention():
     file = np.array([[0, 0, 0, 0, 0, 0, -1.0], [0, 0, 0, 0, 0, 0, 1.0]])
-    assert sft.to_policy_convention(file)[:, 6].tolist() == [1.0, 0.0]  # -1 = open -> 1; +1 = close -> 0
+    assert policy_convention(file)[:, 6].tolist() == [1.0, 0.0]  # -1 = open -> 1; +1 = close -> 0
     assert file[0, 6] == -1.0  # the input stays as it was
 
 
 def test_statistics_match_numpy_and_labels_decode_within_a_bin():
     rng = np.random.default_rng(0)
-    actions = np.concatenate([rng.normal(0, 0.4, (500, 3)), np.zeros((500, 3)), rng.integers(0, 2, (500, 1))], 1)
+    actions = np.concatenate(
+        [rng.normal(0, 0.4, (500, 3)), np.zeros((500, 3)), rng.integers(0, 2, (500, 1))], 1
+    )
     stats = sft.dataset_statistics(actions, 7)
     np.testing.assert_allclose(stats["action"]["q99"], np.quantile(actions, 0.99, axis=0))
     assert stats["action"]["mask"] == [True] * 6 + [False] and stats["num_trajectories"] == 7
@@ -63,7 +77,9 @@ def test_loss_against_a_loop():
         for k in range(7):
             log_p = logits[b, k].double().log_softmax(-1)
             if soft[k]:
-                weight = torch.tensor([np.exp(-0.5 * ((j - bins[b, k].item()) / 2.5) ** 2) for j in range(256)])
+                weight = torch.tensor(
+                    [np.exp(-0.5 * ((j - bins[b, k].item()) / 2.5) ** 2) for j in range(256)]
+                )
                 expected = -(weight / weight.sum() * log_p).sum()
             else:
                 expected = -log_p[bins[b, k]]
@@ -103,45 +119,128 @@ def _write_demos(directory, repeat=4, tasks=2):
         demos.write_demos(directory / f"task_{task}_demo.hdf5", out, repeat, f"task {task}")
 
 
+FLAGS = "--batch-size 16 --held-out 0.2 --lr 3e-3 --warmup 10 --ema 0.9 --threads 1".split()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Demonstrations whose picture tells the action, and a small untrained model."""
+    folder = tmp_path_factory.mktemp("inputs")
+    _write_demos(folder / "data" / "libero_object")
+    build_tiny(0, ["task", "0", "1"], **SMALL).save_pretrained(folder / "init")
+    return ["--data", str(folder / "data"), "--init", str(folder / "init"), *FLAGS]
+
+
+def _sft(*argv, code=0):
+    run = subprocess.run(
+        [sys.executable, "sft.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == code and "Traceback" not in run.stderr, run.stderr
+    return run
+
+
+def _result(out):
+    """(weights, log without the times, statistics) of a finished training."""
+    log = json.loads((out / "sft_log.json").read_text())["log"]
+    log = [{k: v for k, v in entry.items() if k != "seconds"} for entry in log]
+    config = json.loads((out / "config.json").read_text())
+    return (out / "model.safetensors").read_bytes(), log, config["norm_stats"]
+
+
 @pytest.mark.slow
-def test_training_learns_from_images_and_repeats_with_the_seed(tmp_path):
-    _write_demos(tmp_path / "data" / "libero_object")
-    init = build_tiny(0, ["task", "0", "1"], **SMALL)
-    init.save_pretrained(tmp_path / "init")
-    results = []
+def test_training_learns_from_images_and_repeats_with_the_seed(inputs, tmp_path):
     for name in ("a", "b"):
-        args = [
-            "--data",
-            str(tmp_path / "data"),
-            "--init",
-            str(tmp_path / "init"),
-            "--out",
-            str(tmp_path / name),
-            "--steps",
-            "150",
-            "--batch-size",
-            "16",
-            "--eval-every",
-            "75",
-            "--held-out",
-            "0.2",
-            "--lr",
-            "3e-3",
-            "--warmup",
-            "10",
-            "--ema",
-            "0.9",
-            "--threads",
-            "1",
-        ]
-        run = subprocess.run([sys.executable, "sft.py", *args], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        results.append(json.loads((tmp_path / name / "sft_log.json").read_text())["log"][-1])
-    assert results[0]["held_out_gripper_accuracy"] > 0.9  # held-out images; guessing gives about 0.5
-    same = [k for k in results[0] if k != "seconds"]
-    assert [results[0][k] for k in same] == [results[1][k] for k in same]
-    model = OpenVLA.from_pretrained(tmp_path / "a")
-    assert model.norm_stats["libero_object"]["num_trajectories"] == 12
+        _sft(*inputs, "--out", tmp_path / name, "--steps", 150, "--save-every", 75)
+    (weights, log, statistics), again = _result(tmp_path / "a"), _result(tmp_path / "b")
+    assert [entry["step"] for entry in log] == [75, 150]
+    assert log[-1]["held_out_gripper_accuracy"] > 0.9  # held-out images; guessing gives about 0.5
+    assert again == (weights, log, statistics)
+    assert OpenVLA.from_pretrained(tmp_path / "a").norm_stats["libero_object"]["num_trajectories"] == 12
+    assert (tmp_path / "a" / "sft.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list((tmp_path / "a").glob("training*"))  # done: nothing to resume
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
+    """SIGKILL somewhere after a checkpoint, then Ctrl-C: the same weights and the same log, bit for bit."""
+    flags, state = [*inputs, "--steps", 300, "--save-every", 60], tmp_path / "b" / "training.pt"
+    _sft(*flags, "--out", tmp_path / "a")
+
+    def interrupt(number, *argv):
+        before = state.stat().st_mtime if state.exists() else 0
+        run = subprocess.Popen(
+            [sys.executable, "sft.py", *map(str, argv)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        while run.poll() is None and (not state.exists() or state.stat().st_mtime == before):
+            time.sleep(0.01)
+        run.send_signal(number)
+        return run.wait(60), run.stderr.read()
+
+    assert interrupt(signal.SIGKILL, *flags, "--out", tmp_path / "b")[0] == -signal.SIGKILL
+    assert (
+        f"--resume {tmp_path / 'b'}" in _sft(*flags, "--out", tmp_path / "b", code=1).stderr
+    )  # not overwritten
+    code, err = interrupt(signal.SIGINT, "--resume", tmp_path / "b")
+    assert code == 130 and f"python sft.py --resume {tmp_path / 'b'}" in err
+    assert "resumed after step" in _sft("--resume", tmp_path / "b").stdout
+    assert _result(tmp_path / "a") == _result(tmp_path / "b")
+    assert "holds no unfinished training" in _sft("--resume", tmp_path / "b", code=1).stderr
+
+
+def _training(inputs, tmp_path, **settings):
+    args = sft.Args(**{"held_out": 0.2, "batch_size": 4, **settings})
+    model = OpenVLA.from_pretrained(inputs[3])
+    data = sft.Dataset(
+        {"libero_object": Path(inputs[1]) / "libero_object"}, model.image_size, model.action_repeat
+    )
+    return sft.Training(args, model, data)
+
+
+def test_state_of_other_demonstrations_or_damaged_is_refused(inputs, tmp_path):
+    training, path = _training(inputs, tmp_path), tmp_path / "training.pt"
+    training.train_step(1)
+    save_state(training.state_dict(), path)
+    load_state(training, path)
+    with pytest.raises(UserError, match="not the demonstrations"):
+        training.data.actions = training.data.actions[:-1]
+        load_state(training, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot resume from"):
+        load_state(training, path)
+
+
+def test_statistics_per_data_set(inputs, tmp_path):
+    """Two data sets in one training: each has its own range, so that the same motion has another token in each."""
+    for name, scale in (("one", 1.0), ("two", 0.5)):
+        actions = scale * np.linspace(-1, 1, 21)[:, None] * np.ones(7)
+        actions[:, 6] = np.where(np.arange(21) % 2, 1, -1)
+        demo = {
+            "actions": actions,
+            "agentview_rgb": np.zeros((21, 32, 32, 3), np.uint8),
+            "ee_pos": np.zeros((21, 3)),
+        }
+        demos.write_demos(
+            tmp_path / name / "push_demo.hdf5", [demo | {"gripper_states": np.zeros((21, 2))}], 4, "push"
+        )
+    model = OpenVLA.from_pretrained(inputs[3])
+    data = sft.Dataset(
+        {name: tmp_path / name for name in ("one", "two")}, model.image_size, model.action_repeat
+    )
+    tokens, soft = data.tokenize(model)
+    assert model.norm_stats["one"]["action"]["q99"][0] == pytest.approx(
+        2 * model.norm_stats["two"]["action"]["q99"][0]
+    )
+    assert torch.equal(tokens[:21], tokens[21:]) and data.instructions == ["push"]
+    assert soft[:, :6].all() and not soft[:, 6].any()
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_success_in_the_simulator_is_in_log_and_curve(inputs, tmp_path):
+    often = ["--save-every", 2, "--eval-every", 4, "--eval-episodes", 1]
+    _sft(*inputs, "--out", tmp_path / "a", "--steps", 4, *often)
+    first, last = _result(tmp_path / "a")[1]
+    assert "success_rate" not in first and 0 <= last["success_rate"] <= 1
 
 
 @pytest.mark.parametrize("kind", ["no data", "other repeat"])
