@@ -341,12 +341,12 @@ def score_frames(vlm, watched, last, final_frames, mode, levels=None):
     frames = np.concatenate([frames for frames, _ in seen])
     instructions = [text for _, texts in seen for text in texts]
     levels = levels.flatten(0, 1) if mode == "sum" and levels is not None else None
-    scores = torch.from_numpy(vlm.score_rows(frames, instructions, levels)).float().view(len(seen), -1)
+    scores = torch.from_numpy(vlm.score_frames(frames, instructions, levels)).float().view(len(seen), -1)
     scores, following = scores[: len(watched)], scores[1:].clone()
     if mode == "sum":
         return scores, torch.zeros_like(scores)
     for (t, n), frame in final_frames.items():
-        following[t, n] = vlm.score_rows(frame[None], [watched[t][1][n]]).item()
+        following[t, n] = vlm.score_frames(frame[None], [watched[t][1][n]]).item()
     return scores, following
 
 
@@ -385,7 +385,7 @@ def main():
     from eval import evaluate
     from policy import ActorCritic, OpenVLA, explain_out_of_memory
     from ppo import NumericsError, PPOConfig, RolloutBuffer, check_finite, ppo_update
-    from reward_model import load_reward_model, shaping_reward
+    from reward_model import read_reward_model, shaping_reward
     from models.vlm import VLM
 
     if not resumed:
@@ -442,7 +442,7 @@ def main():
         )
     reward_model, stock, shared = None, False, False
     if args.prm_mode != "none" and args.prm_weight > 0:
-        reward_model = load_reward_model(args.reward_model, dtype=dtype, device=device)
+        reward_model = read_reward_model(args.reward_model, dtype=dtype, device=device)
         stock = isinstance(reward_model, VLM)  # judges frames, not what the policy's towers made of them
     if reward_model is not None and not stock:
         judge, acts = ((m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_base))

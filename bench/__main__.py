@@ -19,6 +19,7 @@ COMMANDS = {
     "scaling": "train.py on 1, 2, 4 ... ranks, and a simulation up to 64 GPUs",
     "decode": "actions per second: batched decoding against transformers' generate",
     "update": "samples per second of a PPO update, against transformers and peft",
+    "rprm": "a reward model in the simulator: progress, success against failure, loitering",
     "gpu": "random OpenVLA-7B: memory and times of load, rollout and update",
 }
 

@@ -1,16 +1,16 @@
-"""Any vision-language model of transformers as the judge of a robot's progress, beside the tiny one of reward_model.py.
+"""Any vision-language model of transformers as a reward model, beside the small one of reward_model.py.
 
 Two ways to use one (Qwen2-VL, Qwen2.5-VL and whatever else the Auto classes load):
 
-    asked in words, not trained    what the authors' release wraps (Qwen2-VL-2B): "is it completed?", seen in one picture
-    tuned                          paper, section 3.4: next-token prediction of "1" or "0" on the pseudo labels (Eq. 3), with the
-                                   action in the context. A LoRA adapter on the language model; the vision side stays as it was.
+    stock    what the authors' release wraps (Qwen2-VL-2B): "is it completed?", from one picture, not trained
+    tuned    paper, section 3.4: next-token prediction of "1" or "0" on the pseudo labels (Eq. 3), with the action in the
+             context. A LoRA adapter on the language model; the vision side stays as it was.
 
-The action stands in the question as seven levels from 0 (lowest) to 255, the policy's own bins, since this model's
-vocabulary has no action tokens. Either way the score is p("1") / (p("1") + p("0")) for the answer's first token.
+The action stands in the question as seven bins from 0 (lowest value) to 255, the policy's own, since this model's vocabulary
+has no action tokens. Either way the score is p("1") / (p("1") + p("0")) for the answer's first token.
 
     python reward_model.py train --vlm Qwen/Qwen2.5-VL-3B-Instruct --device cuda --lr 1e-4 --demos ... --out runs/vlm
-    python train.py --reward-model runs/vlm                                  # or a stock one's name, asked zero-shot
+    python train.py --reward-model runs/vlm                                  # or a stock one's name
 """
 
 import json
@@ -19,22 +19,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.answer import answer_token_ids, prior_of, score_of
 from support.errors import UserError
 from support.files import atomic_write, read_json
-from policy import ActionTokenizer, explain_out_of_memory, normalize_actions, policy_convention, unnormalize_actions
-from reward_model import prior_of, score_of
 
-LEVELS = ActionTokenizer(256)  # its own numbering from 0 is all that counts here
+EDGES = np.linspace(-1.0, 1.0, 256)  # of the policy's bins: `policy.ActionTokenizer`
+CENTRES = np.append(
+    (EDGES[:-1] + EDGES[1:]) / 2, (EDGES[-2] + EDGES[-1]) / 2
+)  # 256 bins, the highest two share one
 
 
 class VLM:
-    """A vision-language model that judges frames. info: content of rprm.json where it is a tuned one, else None.
+    """A vision-language model that scores frames, with the methods of a `reward_model.RPRM`. There, images are frames
+    (n, H, W, 3) uint8 and actions are bins (n, 7) int64.
 
-    It has the methods that `reward_model.fit` wants of a judge, as `RewardModel` does; there, images are frames (n, H, W, 3)
-    uint8 and actions are levels (n, 7) int64.
+    info: content of rprm.json where it is a tuned one, else None.
     """
 
-    CHUNK = 8  # rows judged at a time
+    CHUNK = 8  # rows scored at a time
     STOCK = "The task is to {instruction}, is it completed? Answer 1 for yes or 0 for no."
     TUNED = "The task is to {instruction}. The next action is {action}. Is it one of progress? Answer 1 for yes or 0 for no."
 
@@ -42,14 +44,12 @@ class VLM:
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.image_processor, self.processor = image_processor, processor
         self.prior = prior_of(info or {})
-        pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("1", "0")]
-        if any(len(piece) != 1 for piece in pieces) or pieces[0] == pieces[1]:
-            raise UserError(f'this model\'s tokenizer does not write "1" and "0" as one token each: {pieces}')
-        self.token_ids = [piece[0] for piece in pieces]
+        self.token_ids = answer_token_ids(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """A stock model (directory or hub id), or the directory that `reward_model.py train --vlm` made: an adapter, merged here."""
+        """A stock model (directory or hub id), or what `reward_model.py train --vlm` made: an adapter, merged here."""
+        # Late: transformers takes seconds to import, and few runs use a model of its kind.
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
         info = read_json(Path(path) / "rprm.json") if (Path(path) / "rprm.json").is_file() else None
@@ -60,7 +60,9 @@ class VLM:
             image_processor = AutoImageProcessor.from_pretrained(base, **own)
             # transformers builds a Qwen-VL processor only where torchvision is installed (for video). One image needs a
             # tokenizer, an image processor and the line of code in `_inputs`; every other family comes as a whole.
-            processor = None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(base, **own)
+            processor = (
+                None if hasattr(image_processor, "merge_size") else AutoProcessor.from_pretrained(base, **own)
+            )
             own["use_safetensors"] = True  # nor a pickle
             model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **own).to(device)
             if info is not None:
@@ -72,95 +74,114 @@ class VLM:
         return cls(model, tokenizer, image_processor, processor, info)
 
     def _inputs(self, images, questions):
-        """What the model reads, rows of different lengths padded on the left: the answer comes right after each question."""
+        """What the model reads. Rows of different lengths are padded on the left: the answer follows each question."""
         kind = {"type": "image"}
-        chats = [[{"role": "user", "content": [kind, {"type": "text", "text": question}]}] for question in questions]
+        chats = [
+            [{"role": "user", "content": [kind, {"type": "text", "text": question}]}]
+            for question in questions
+        ]
         padding = dict(padding=True, padding_side="left", return_tensors="pt")
         if self.processor is not None:
             texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
             return self.processor(images=[[image] for image in images], text=texts, **padding)
-        texts = [self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        template = self.tokenizer.apply_chat_template
+        texts = [template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         inputs = self.image_processor(images=images, return_tensors="pt")
         image_id = self.model.config.image_token_id
         image_token = self.tokenizer.convert_ids_to_tokens(image_id)
-        patches = int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2  # of each image
-        tokens = self.tokenizer([text.replace(image_token, image_token * patches) for text in texts], **padding)
+        patches = (
+            int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
+        )  # of each image
+        tokens = self.tokenizer(
+            [text.replace(image_token, image_token * patches) for text in texts], **padding
+        )
         inputs.update(tokens)
-        inputs["mm_token_type_ids"] = (tokens["input_ids"] == image_id).int()  # 1 at image tokens: for 2-D positions
+        inputs["mm_token_type_ids"] = (
+            tokens["input_ids"] == image_id
+        ).int()  # 1 at image tokens: for 2-D positions
         return inputs
 
-    def _question(self, instruction, levels=None):
+    def _question(self, instruction, bins=None):
         if self.info is None:
             return self.STOCK.format(instruction=instruction)
-        action = "unknown" if levels is None else " ".join(map(str, levels))
+        action = "unknown" if bins is None else " ".join(map(str, bins))
         return self.TUNED.format(instruction=instruction, action=action)
 
     def _logits(self, frames, questions):
         """(B, V) float32 logits of the answer's first token."""
-        inputs = self._inputs(list(frames), questions).to(self.model.device, self.model.dtype)  # casts what is a float
+        inputs = self._inputs(list(frames), questions).to(
+            self.model.device, self.model.dtype
+        )  # casts what is a float
         return self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
 
-    # ---- judging -----------------------------------------------------------------------------------------------------
+    # ---- scoring -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score_rows(self, frames, instructions, levels=None):
-        """Scores (B,) float64 of frames (B, H, W, 3) uint8 upright, each with its instruction. levels (B, 7): the actions, for a
-        tuned model; None: of the state alone. A stock one is not shown any action."""
+    def score_frames(self, frames, instructions, bins=None):
+        """Scores (B,) float64 of frames (B, H, W, 3) uint8 upright, each with its instruction. bins (B, 7): the actions,
+        for a tuned model; None: of the state alone. A stock one is not shown any action."""
         scores = []
-        with explain_out_of_memory("use a smaller --reward-model, or --prm-mode none"):
-            for i in range(0, len(frames), self.CHUNK):
-                rows = range(i, min(i + self.CHUNK, len(frames)))
-                questions = [self._question(instructions[r], None if levels is None else levels[r].tolist()) for r in rows]
-                logits = self._logits(frames[i : i + self.CHUNK], questions)[:, self.token_ids].double()
-                scores.append(score_of(logits, self.prior).cpu().numpy())
+        for i in range(0, len(frames), self.CHUNK):
+            rows = range(i, min(i + self.CHUNK, len(frames)))
+            questions = [
+                self._question(instructions[r], None if bins is None else bins[r].tolist()) for r in rows
+            ]
+            logits = self._logits(frames[i : i + self.CHUNK], questions)[:, self.token_ids].double()
+            scores.append(score_of(logits, self.prior).cpu().numpy())
         return np.concatenate(scores)
 
-    def score_frames(self, frames, instruction, actions=None, unnorm_key=None):
-        """Scores (T,) float64 of a recording: frames (T, H, W, 3) uint8 upright, actions (T, 7) in file convention or None."""
-        levels = None if actions is None or self.info is None else self.actions_of(actions, unnorm_key)
-        return self.score_rows(frames, [instruction] * len(frames), levels)
+    # ---- training (Eq. 3), by reward_model.fit -----------------------------------------------------------------------
 
-    # ---- training (Eq. 3), by reward_model.fit -------------------------------------------------------------------------
-
-    def to_be_tuned(self, path, statistics, rank):
+    def add_adapter(self, path, statistics, rank):
         """Add a LoRA adapter of this rank to the language model, and take the question that has the action in it.
 
         path: what the stock model was loaded from. statistics: `OpenVLA.action_statistics` of the policy.
         """
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model  # late: seconds to import
 
         head = self.model.get_output_embeddings()
-        names = [
-            name for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-            and not any(part in name for part in ("visual", "vision", "image", "projector", "connector"))
+        vision = ("visual", "vision", "image", "projector", "connector")
+        linear = [
+            name for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
         ]
+        names = [name for name in linear if not any(part in name for part in vision)]
         if not names:
             raise UserError(f"{path}: found no linear layer of a language model to adapt")
-        self.info = {"vlm": str(path), "action": dict(zip(("q01", "q99", "mask"), (x.tolist() for x in statistics), strict=True))}
-        self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)).eval()
+        keys = ("q01", "q99", "mask")
+        self.info = {
+            "vlm": str(path),
+            "action": dict(zip(keys, (x.tolist() for x in statistics), strict=True)),
+        }
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+        self.model = get_peft_model(self.model, config).eval()
         return self
 
-    def images_of(self, frames):
+    def encode_images(self, frames):
         return torch.from_numpy(np.ascontiguousarray(frames))
+
+    def encode_actions(self, actions, unnorm_key=None):
+        """Actions (n, 7) in the policy's convention -> bins (n, 7) int64, by the statistics that it was tuned with; None
+        for a stock model, which is shown none."""
+        if self.info is None:
+            return None
+        low, high, mask = self._statistics()
+        x = np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
+        return torch.from_numpy(np.digitize(np.clip(x, -1.0, 1.0), EDGES).astype(np.int64) - 1)
+
+    def decode_actions(self, bins, unnorm_key=None):
+        low, high, mask = self._statistics()
+        x = CENTRES[bins.numpy()]
+        return np.where(mask, 0.5 * (x + 1) * (high - low) + low, x)
 
     def _statistics(self):
         return (np.array(self.info["action"][name]) for name in ("q01", "q99", "mask"))
 
-    def actions_of(self, actions, unnorm_key=None):
-        """Actions (n, 7) in file convention -> levels (n, 7) int64. (The statistics are those that the model was tuned with.)"""
-        tokens = LEVELS.encode(normalize_actions(policy_convention(actions), *self._statistics()))
-        return torch.from_numpy(LEVELS.levels(tokens))
-
-    def values_of(self, levels, unnorm_key=None):
-        return unnormalize_actions(LEVELS.decode(LEVELS.levels(levels)), *self._statistics())
-
-    def trainable(self):
+    def trainable_parameters(self):
         return [p for name, p in self.model.named_parameters() if "lora_" in name]
 
-    def verdicts(self, batch, hidden, whole_vocabulary=False):
+    def answer_logits(self, batch, hidden, whole_vocabulary=False):
         rows = zip(batch.instructions, batch.actions.tolist(), hidden.tolist(), strict=True)
-        questions = [self._question(text, None if hide else levels) for text, levels, hide in rows]
+        questions = [self._question(text, None if hide else bins) for text, bins, hide in rows]
         logits = self._logits(batch.images.numpy(), questions)
         return logits if whole_vocabulary else logits[:, self.token_ids]
 
@@ -170,4 +191,5 @@ class VLM:
             self.model.save_pretrained(directory)
         except OSError as error:
             raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-        atomic_write(Path(directory) / "rprm.json", json.dumps({**info, **self.info, "prior": self.prior}, indent=1))
+        content = {**info, **self.info, "prior": self.prior}
+        atomic_write(Path(directory) / "rprm.json", json.dumps(content, indent=1))

@@ -45,7 +45,7 @@ COMMANDS = {
     "label": (reward_model.LabelArgs, ""),
     "train": (reward_model.TrainArgs, ""),
     "score": (reward_model.ScoreArgs, ""),
-    "evaluate": (reward_model.EvaluateArgs, ""),
+    "record": (reward_model.RecordArgs, ""),
 }
 BENCH_ARGS = {name: importlib.import_module(f"bench.{name}").Args for name in BENCHES}
 PARSERS = {
@@ -189,7 +189,7 @@ def checkpoint(tmp_path_factory):
 
 def use_checkpoint(folder):
     """Load as policy and as reward model, and let both answer once."""
-    rprm = reward_model.RewardModel.from_pretrained(folder)
+    rprm = reward_model.RPRM.from_pretrained(folder)
     model = rprm.model
     ids, mask = model.tokenize(["pick up the soup"])
     pixels = model.preprocess(np.zeros((1, 256, 256, 3), np.uint8))

@@ -1,52 +1,18 @@
-"""RPRM: labels on trajectories with known keyframes, metrics against brute force, training on the real tiny model."""
+"""RPRM: labels on trajectories with known keyframes, training on the real tiny model, scores of a rollout."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rprm_toys import STROKE, copy_of, pick_and_place, run, small_openvla, write_demos
 
 import reward_model as rm
-import train
+from policy import ActorCritic, build_tiny
+from support import metrics
 from support.errors import UserError
-from policy import build_tiny
-from models.vlm import VLM
-
-FINE = 200  # Hz of the simulated hand
-STROKE = 0.08
-
-
-def pick_and_place(hz, noise=0.0, gripper_noise=0.0, held=0.045, seed=0):
-    """A hand that reaches (stops at 2.0 s), closes, carries (stops at 4.8 s), opens, and leaves.
-
-    Returns actions (T, 7), ee_pos (T, 3), gripper_states (T, 2).
-    The fingers move at 0.15 m/s, so with `held` = 45 mm they stop 0.23 s after each command.
-    """
-    rng = np.random.default_rng(seed)
-    phases = [  # seconds, peak speed, gripper closed
-        (0.4, 0, False), (1.6, 0.25, False), (0.8, 0, True), (2.0, 0.25, True), (0.6, 0, False), (0.8, 0.2, False),
-    ]
-    position, opening, path, openings, commands = np.zeros(3), STROKE, [], [], []
-    for seconds, speed, closed in phases:
-        for phase in (np.arange(int(seconds * FINE)) + 0.5) / int(seconds * FINE):
-            path.append(position.copy())
-            openings.append(opening)
-            commands.append(1.0 if closed else -1.0)
-            position = position + speed * np.sin(np.pi * phase) * np.array([0.8, 0.6, 0.0]) / FINE
-            opening += np.clip((held if closed else STROKE) - opening, -0.15 / FINE, 0.15 / FINE)
-    path, openings, commands = (np.array(x)[:: FINE // hz] for x in (path, openings, commands))
-    path = path + noise * rng.normal(size=path.shape)
-    openings = openings + gripper_noise * rng.normal(size=len(openings))
-    actions = np.zeros((len(path), 7))
-    actions[:, 6] = commands
-    return actions, path, np.stack([openings / 2, -openings / 2], axis=1)
-
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
@@ -54,7 +20,9 @@ def pick_and_place(hz, noise=0.0, gripper_noise=0.0, held=0.045, seed=0):
 @pytest.mark.parametrize("hz", [20, 5])
 @pytest.mark.parametrize("noise", [0.0, 0.0003])
 def test_keyframes_where_the_hand_stops(hz, noise):
-    result = rm.label_trajectory(*pick_and_place(hz, noise, gripper_noise=0.5 * noise), action_repeat=20 // hz)
+    result = rm.label_trajectory(
+        *pick_and_place(hz, noise, gripper_noise=0.5 * noise), action_repeat=20 // hz
+    )
     assert result.problems == [] and result.usable
     np.testing.assert_allclose(np.array(result.milestones) / hz, [2.23, 5.03], atol=0.2)
     # Arrival and grasp, arrival and release; at 5 Hz they are one row. The rest at the start is no keyframe.
@@ -77,7 +45,9 @@ def test_window_is_in_seconds(action_repeat):
 
 
 def test_window_is_never_empty():
-    result = rm.label_trajectory(*pick_and_place(5), action_repeat=4, rule=rm.LabelRule(window=0.0, margin=0.0))
+    result = rm.label_trajectory(
+        *pick_and_place(5), action_repeat=4, rule=rm.LabelRule(window=0.0, margin=0.0)
+    )
     assert np.flatnonzero(result.labels == rm.POSITIVE).tolist() == result.keyframes
 
 
@@ -106,7 +76,9 @@ def test_slip_is_no_milestone():
 
 def test_turning_back_before_standing_still_is_no_milestone():
     """At 20 Hz: fingers that close a good part of the way and open again without a pause."""
-    openness = np.concatenate([np.full(10, STROKE), np.linspace(STROKE, 0.05, 4), np.linspace(0.05, STROKE, 4), np.full(9, STROKE)])
+    openness = np.concatenate(
+        [np.full(10, STROKE), np.linspace(STROKE, 0.05, 4), np.linspace(0.05, STROKE, 4), np.full(9, STROKE)]
+    )
     assert rm.find_milestones(openness, 0.01, 0.0015, 12) == []
     shut = np.concatenate([openness, np.linspace(STROKE, 0.03, 5), np.full(20, 0.03)])  # and then for good
     assert rm.find_milestones(shut, 0.01, 0.0015, 12) == [31]
@@ -174,7 +146,9 @@ def test_bad_trajectories_are_counted_not_dropped():
 
 def test_failed_trajectory_gives_hard_negatives():
     """No positives; windows of the last segment turn negative, those of completed segments lose their label."""
-    arguments = [np.concatenate([x, np.repeat(x[-1:], 20, axis=0)]) for x in pick_and_place(20)]  # hovers at the end
+    arguments = [
+        np.concatenate([x, np.repeat(x[-1:], 20, axis=0)]) for x in pick_and_place(20)
+    ]  # hovers at the end
     won, lost = rm.label_trajectory(*arguments), rm.label_trajectory(*arguments, success=False)
     last = won.milestones[-1]
     positive = won.labels == rm.POSITIVE
@@ -184,45 +158,7 @@ def test_failed_trajectory_gives_hard_negatives():
     np.testing.assert_array_equal(lost.labels[~positive], won.labels[~positive])
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def test_auroc_and_average_precision_against_brute_force():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        scores, labels = rng.integers(0, 8, 40) / 8, rng.random(40) < 0.4  # many ties
-        pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels] for n in scores[~labels]]
-        assert rm.auroc(scores, labels) == pytest.approx(np.mean(pairs))
-        recall, expected = 0.0, 0.0
-        for threshold in sorted(set(scores), reverse=True):
-            chosen = scores >= threshold
-            now = (labels & chosen).sum() / labels.sum()
-            expected += (now - recall) * (labels & chosen).sum() / chosen.sum()
-            recall = now
-        assert rm.average_precision(scores, labels) == pytest.approx(expected)
-    assert np.isnan(rm.auroc([0.1, 0.2], [1, 1])) and np.isnan(rm.average_precision([0.1], [0]))
-
-
-def test_auroc_interval_covers_the_truth():
-    """Two Gaussians one apart: AUROC is Phi(1 / sqrt(2)) = 0.7602. About 95 % of the intervals hold it."""
-    rng = np.random.default_rng(0)
-    labels, covered = np.arange(100) < 40, 0
-    for _ in range(400):
-        low, high = rm.auroc_interval(rm.auroc(rng.normal(labels * 1.0), labels), 40, 60)
-        covered += low < 0.7602 < high
-    assert 0.92 < covered / 400 < 0.98
-    assert rm.auroc_interval(1.0, 5, 5) == [1.0, 1.0] and np.isnan(rm.auroc_interval(np.nan, 0, 5)).all()
-
-
-def test_calibration():
-    rng = np.random.default_rng(0)
-    scores = rng.random(200_000)
-    labels = rng.random(200_000) < scores  # calibrated by construction
-    good = rm.calibration(scores, labels)
-    assert good["ece"] < 0.01 and good["brier"] == pytest.approx(1 / 6, abs=0.01)
-    assert rm.calibration(np.full(10, 0.9), np.arange(10) < 3)["ece"] == pytest.approx(0.6)
-    assert rm.calibration(np.array([1.0, 0.0, 0.0]), np.array([1, 0, 0])) == {"ece": 0.0, "brier": 0.0}
-    assert np.isnan(rm.calibration(np.ones(3), np.ones(3))["ece"])
+# ---- scores --------------------------------------------------------------------------------------------------------
 
 
 def test_score_is_the_posterior_at_the_true_rate_of_positives():
@@ -230,23 +166,22 @@ def test_score_is_the_posterior_at_the_true_rate_of_positives():
     rng = np.random.default_rng(0)
     labels = rng.random(200_000) < 0.1
     x = rng.normal(np.where(labels, 1.0, -1.0), 1.0)
-    logits = torch.from_numpy(np.stack([x, -x], axis=1))  # log N(x; 1, 1) - log N(x; -1, 1) = 2x: what balanced draws teach
+    logits = torch.from_numpy(
+        np.stack([x, -x], axis=1)
+    )  # log N(x; 1, 1) - log N(x; -1, 1) = 2x: what balanced draws teach
     score = rm.score_of(logits, 0.1).numpy()
-    assert rm.calibration(score, labels)["ece"] < 0.005 and score.mean() == pytest.approx(0.1, abs=0.005)
+    assert metrics.calibration(score, labels)["ece"] < 0.005 and score.mean() == pytest.approx(0.1, abs=0.005)
     bare = rm.score_of(logits, 0.5).numpy()
     np.testing.assert_allclose(bare, torch.softmax(logits, dim=1)[:, 0].numpy())
-    assert rm.calibration(bare, labels)["ece"] > 0.05 and rm.auroc(bare, labels) == pytest.approx(rm.auroc(score, labels))
+    assert metrics.calibration(bare, labels)["ece"] > 0.05 and metrics.auroc(bare, labels) == pytest.approx(
+        metrics.auroc(score, labels)
+    )
 
 
 @pytest.mark.parametrize("prior", [0, 1.0, "often", None])
 def test_a_prior_that_is_none_is_named(tiny, prior):
     with pytest.raises(UserError, match="prior"):
-        rm.RewardModel(tiny, {"prior": prior})
-
-
-def test_spearman_of_a_constant_is_nan():
-    assert np.isnan(rm.spearman([1, 1, 1], [1, 2, 3]))
-    assert rm.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1.0)
+        rm.RPRM(tiny, {"prior": prior})
 
 
 # ---- shaping ---------------------------------------------------------------------------------------------------------
@@ -276,55 +211,12 @@ def test_shaping_modes():
         rm.shaping_reward(scores, following, "product", 1.0, 0.9, done)
 
 
-def test_report_of_made_up_runs(capsys):
-    """Two successes and a failure: the loitering arithmetic, the correlations, the table."""
-    finishes = {"success": True, "scores": [0.5, 0.6, 0.9], "state_scores": [0.5, 0.6, 0.9, 0.0]}
-    finishes["progress"] = [0, 0.3, 0.5, 1]
-    slower = {**finishes, "scores": [0.1, 0.6, 0.9]}
-    fails = {"success": False, "scores": [0.4] * 60, "state_scores": [0.4] * 61, "progress": [0.0] + [0.2] * 60}
-    hovers = {"success": False, "scores": [0.5, 0.6] + [0.9] * 60, "state_scores": [0.5, 0.6] + [0.9] * 61}
-    lucky = {"success": True, "scores": [0.9], "state_scores": [0.9, 0.0]}  # hovered, and the object fell in: left out
-    numbers = rm.report([finishes, fails, slower], [hovers, lucky], weight=0.1, gamma=0.99, rate=5)
-    assert (numbers["episodes"], numbers["successes"], numbers["episode_auroc"]) == (3, 2, 1.0)
-    assert numbers["mean_score"]["failure"] == pytest.approx(0.4)
-    swapped = [{**run, "scores": run["state_scores"][: len(run["scores"])], "state_scores": [*run["scores"], 0.0]}
-               for run in (finishes, fails, slower)]
-    other = rm.report(swapped, [hovers, lucky], weight=0.1, gamma=0.99, rate=5)
-    assert other["episode_auroc_state_only"] == numbers["episode_auroc"]
-    names = ("score_and_next_second", "state_score_and_next_second")
-    ours, theirs = numbers["spearman_with_progress"], other["spearman_with_progress"]
-    assert [theirs[n] for n in names] == [ours[n] for n in reversed(names)] and len(set(ours.values())) > 1
-    assert ours["state_score"] == pytest.approx(1.0)  # 0.5, 0.6, 0.9 while progress is 0, 0.3, 0.5
-    assert numbers["spearman_with_progress"]["cumulative_score"] == pytest.approx(1.0)
-    none, total, potential = (numbers["loitering"][mode] for mode in rm.MODES)
-    assert [none[k] for k in ("pairs", "loiter_wins", "safe_weight", "loiter_return")] == [1, 0, None, 0]
-    assert none["success_return"] == pytest.approx(0.99**2)
-    assert total["loiter_wins"] == 1 and total["loiter_return"] > total["success_return"]
-    # At the safe weight the two returns meet.
-    at = rm.report([finishes], [hovers], weight=total["safe_weight"], gamma=0.99, rate=5)["loitering"]["sum"]
-    assert at["loiter_return"] == pytest.approx(at["success_return"])
-    assert potential["loiter_wins"] == 0 and potential["success_return"] == pytest.approx(0.99**2 - 0.1 * 0.5)
-    rm.print_report({"suite": "toy", "task_ids": [0, 1], **numbers})
-    assert "2 of 3 episodes succeeded" in capsys.readouterr().out
-    empty = rm.without_nan(rm.report([fails], [], 0.1, 0.99, 5))
-    assert json.loads(json.dumps(empty, allow_nan=False))["episode_auroc"] is None
-
-
 # ---- model -----------------------------------------------------------------------------------------------------------
-
-WORDS = ["pick", "up", "the", "red", "green", "block", "and", "place", "it", "in", "basket"]
-STATS = {"toy": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    torch.manual_seed(0)
-    model = build_tiny(
-        0, WORDS, image_size=56, patch_size=14, vision_width=32, vision_blocks=2, vision_heads=2, width=64, layers=2,
-        heads=2, mlp=128,
-    )
-    model.norm_stats = STATS
-    return model
+    return small_openvla()
 
 
 @pytest.fixture(scope="module")
@@ -345,41 +237,46 @@ def examples(tiny):
     )
 
 
-def copy_of(model):
-    import copy
-
-    return copy.deepcopy(model)
-
-
 @pytest.mark.parametrize("whole_vocabulary", [False, True])
 def test_training_raises_auroc(tiny, examples, whole_vocabulary):
     model = copy_of(tiny)
     held_out = rm.split(examples, 0.25, seed=0)
     best, history = rm.fit(
-        rm.RewardModel(model, {}), examples.select(~held_out), examples.select(held_out), epochs=14, batch_size=32, lr=5e-3, patience=14,
-        action_dropout=0.2, whole_vocabulary=whole_vocabulary, seed=0,
+        rm.RPRM(model, {}),
+        examples.select(~held_out),
+        examples.select(held_out),
+        epochs=14,
+        batch_size=32,
+        lr=5e-3,
+        patience=14,
+        action_dropout=0.2,
+        whole_vocabulary=whole_vocabulary,
+        seed=0,
     )
     assert best["auroc"] > 0.9 and best["auroc"] > history[0]["auroc"] + 0.1
     assert best["nll"] == min(entry["nll"] for entry in history)  # early stop keeps the best weights ...
     prior = float(examples.labels[~held_out].mean())
-    again = rm.measure(rm.RewardModel(model, {"prior": prior}), examples.select(held_out))
+    again = rm.measure(rm.RPRM(model, {"prior": prior}), examples.select(held_out))
     assert again["nll"] == pytest.approx(best["nll"], abs=1e-5)  # ... in the model
     assert best["auroc_state_only"] > 0.6  # bright images are likelier to be positive, whatever the action
-    assert rm.RewardModel(model, {}).shares_vision(tiny)  # the vision side is untouched
+    assert rm.RPRM(model, {}).shares_vision(tiny)  # the vision side is untouched
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, tiny.state_dict()[k])]
     assert changed and all(k.startswith("language_model.") for k in changed)
 
 
 def test_split_keeps_trajectories_whole(examples):
     held_out = rm.split(examples, 0.25, seed=0)
-    inside, outside = set(examples.trajectory[held_out].tolist()), set(examples.trajectory[~held_out].tolist())
+    inside, outside = (
+        set(examples.trajectory[held_out].tolist()),
+        set(examples.trajectory[~held_out].tolist()),
+    )
     assert not inside & outside and len(inside) == 6
     with pytest.raises(UserError, match="too few"):
         rm.split(examples.select(examples.trajectory == 0), 0.25, seed=0)
 
 
 def test_score_of_a_batch_equals_single_scores(tiny, examples):
-    reward_model = rm.RewardModel(copy_of(tiny), {})
+    reward_model = rm.RPRM(copy_of(tiny), {})
     # spread the scores: random verdict rows give 0.5 +- nothing
     reward_model.model.language_model.lm_head.weight[reward_model.token_ids].mul_(50)
     texts = ["pick up the red block", "place it in the basket and pick up the green block"] * 3
@@ -398,7 +295,7 @@ def test_score_of_a_batch_equals_single_scores(tiny, examples):
 
 
 def test_score_from_pixels_equals_score_from_embeddings(tiny, examples):
-    reward_model = rm.RewardModel(copy_of(tiny), {})
+    reward_model = rm.RPRM(copy_of(tiny), {})
     frames = np.random.default_rng(1).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
     pixels = tiny.preprocess(frames)
     ids, mask = tiny.tokenize(["pick up the red block"] * 2)
@@ -408,26 +305,157 @@ def test_score_from_pixels_equals_score_from_embeddings(tiny, examples):
     torch.testing.assert_close(a, b)
 
 
+# ---- in the RL loop --------------------------------------------------------------------------------------------------
+
+
+def rollout_of(model, image_kind, T=5, N=3):
+    """What a reward model reads of a `ppo.RolloutBuffer`: frames, prompts of two lengths, tokens, one truncated episode."""
+    rng = np.random.default_rng(0)
+    texts = [
+        "pick up the red block",
+        "place it in the basket and pick up the green block",
+        "pick up the red block",
+    ]
+    frames = rng.integers(0, 255, (T + 1, N, 64, 64, 3), dtype=np.uint8)
+    final = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+    def images_of(frames):
+        pixels = model.preprocess(frames)
+        return pixels if image_kind == "pixel_values" else model.embed_images(pixels).detach()
+
+    ids, mask = model.tokenize(texts)
+    images = torch.stack([images_of(step) for step in frames])
+    tokens = torch.from_numpy(model.encode_actions(rng.uniform(-1, 1, (T * N, 7)), "toy")).view(T, N, 7)
+    return SimpleNamespace(
+        frames=frames, instructions=[texts] * (T + 1), images=images, image_kind=image_kind, action_tokens=tokens,
+        input_ids=ids.expand(T + 1, N, -1), attention_mask=mask.expand(T + 1, N, -1), rewards=torch.zeros(T, N),
+        final_observations={(2, 1): (final, images_of(final[None])[0])},
+    )  # fmt: skip
+
+
+def save_reward_model(model, path):
+    with torch.no_grad():  # spread the scores: random answer rows give 0.5 +- nothing
+        model.language_model.lm_head.weight[rm.RPRM(model, {}).token_ids] *= 50
+    rm.RPRM(model, {}).save(path, {})
+
+
+@pytest.mark.parametrize("vision", ["the policy's", "trained by PPO", "another"])
+def test_scores_of_a_rollout(tiny, tmp_path, vision):
+    """Whichever form of the picture is read, the scores are those of each observation by itself."""
+    other = copy_of(tiny)
+    if vision == "another":
+        other.projector.fc3.weight.data *= 1.5
+    save_reward_model(other, tmp_path / "rprm")
+    targets = "all" if vision == "trained by PPO" else "language"
+    policy = ActorCritic(copy_of(tiny), lora_rank=2, targets=targets)
+    rollout = rollout_of(tiny, "pixel_values" if targets == "all" else "patch_embeddings")
+    alone = rm.RPRM.from_pretrained(tmp_path / "rprm")
+    T, N = rollout.rewards.shape
+
+    def score(frame, n, tokens=None):
+        text = rollout.instructions[0][n : n + 1]
+        return alone.score_frames(frame[None], text, None if tokens is None else tokens[None])[0]
+
+    source = {"the policy's": "patch_embeddings", "trained by PPO": "pixel_values", "another": "frames"}[
+        vision
+    ]
+    in_the_loop = rm.load_reward_model(tmp_path / "rprm", policy, "sum")
+    assert in_the_loop.source == source
+    scores, following = in_the_loop.score_rollout(rollout, "sum")
+    assert scores.dtype == following.dtype == torch.float32 and scores.std() > 1e-3
+    want = [[score(rollout.frames[t, n], n, rollout.action_tokens[t, n]) for n in range(N)] for t in range(T)]
+    np.testing.assert_allclose(scores, want, atol=1e-5)
+    assert following.shape == (T, N) and not following.any()
+
+    scores, following = in_the_loop.score_rollout(rollout, "potential")
+    want = np.array([[score(rollout.frames[t, n], n) for n in range(N)] for t in range(T + 1)])
+    np.testing.assert_allclose(scores, want[:-1], atol=1e-5)
+    want[3, 1] = score(rollout.final_observations[2, 1][0], 1)  # follows step 2 of environment 1
+    np.testing.assert_allclose(following, want[1:], atol=1e-5)
+
+    in_the_loop.CHUNK = 4  # memory only
+    again, _ = in_the_loop.score_rollout(rollout, "potential")
+    torch.testing.assert_close(again, scores, rtol=0, atol=1e-5)
+
+
+def test_no_reward_model_gives_zeros(tiny):
+    rollout = rollout_of(tiny, "patch_embeddings")
+    for table in rm.load_reward_model(None, None, "none").score_rollout(rollout, "none"):
+        assert table.shape == rollout.rewards.shape and not table.any()
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(tiny, tmp_path):
+    save_reward_model(copy_of(tiny), tmp_path / "rprm")
+    words = [f"w{i}" for i in range(80)]
+    other = build_tiny(
+        0, words, image_size=56, patch_size=14, vision_width=32, vision_blocks=2, vision_heads=2
+    )
+    with pytest.raises(UserError, match="trained from another model than the policy"):
+        rm.load_reward_model(tmp_path / "rprm", ActorCritic(other, lora_rank=2), "sum")
+
+
+# ---- an adapter, for 7B ----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_learns_the_labels(tiny, examples, tmp_path):
+    """`--lora-rank`: the backbone stays, the file is small, and what was saved scores like what was trained."""
+    copy_of(tiny).save_pretrained(tmp_path / "policy")
+    model = rm.OpenVLA.from_pretrained(tmp_path / "policy")
+    reward_model = rm.RPRM(model, {}).add_adapter(tmp_path / "policy", rank=8)
+    assert reward_model.model.gradient_checkpointing
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    held_out = rm.split(examples, 0.25, seed=0)
+    best, history = rm.fit(
+        reward_model, examples.select(~held_out), examples.select(held_out), epochs=14, batch_size=32, micro_batch_size=8,
+        lr=1e-2, patience=14, action_dropout=0.2, whole_vocabulary=False, seed=0,
+    )  # fmt: skip
+    assert best["auroc"] > 0.9 and best["nll"] < 0.8 * history[0]["nll"]
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed and all("lora_" in name and name.startswith("language_model.") for name in changed)
+
+    reward_model.save(tmp_path / "rprm", {"suite": "toy"})
+    whole = (tmp_path / "policy" / "model.safetensors").stat().st_size
+    assert (tmp_path / "rprm" / "adapter_model.safetensors").stat().st_size < 0.3 * whole
+    again = rm.read_reward_model(tmp_path / "rprm")
+    rows = examples.select(torch.arange(8))
+    for state_only in (False, True):
+        np.testing.assert_allclose(
+            rm.predict(again, rows, state_only), rm.predict(reward_model, rows, state_only), atol=1e-5
+        )
+    assert again.shares_vision(tiny) and again.prior == reward_model.prior
+
+    tensors = sorted((tmp_path / "rprm").glob("adapter_model*"))[0]
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:500])
+    with pytest.raises(UserError, match="adapter_model.safetensors is no adapter"):
+        rm.read_reward_model(tmp_path / "rprm")
+    tensors.write_bytes(content)
+    other = copy_of(tiny)
+    other.language_model.lm_head.weight.data += 1
+    other.save_pretrained(tmp_path / "policy")
+    with pytest.raises(UserError, match="is not the policy that the adapter in"):
+        rm.read_reward_model(tmp_path / "rprm")
+    (tmp_path / "policy" / "config.json").unlink()
+    with pytest.raises(UserError, match="policy"):
+        rm.read_reward_model(tmp_path / "rprm")
+
+
+def test_frames_are_kept_where_embeddings_are_larger(tiny):
+    """As at 7B, whose embedding of a picture takes 2 MB: embedded anew in every batch, to the same answer."""
+    frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    small, large = rm.RPRM(copy_of(tiny), {}), rm.RPRM(copy_of(tiny), {})
+    large.keeps_frames = True
+    assert not small.keeps_frames
+    texts, tokens, labels = ["pick up the red block"] * 3, torch.full((3, 7), 70), torch.zeros(3)
+    answers = []
+    for model in (small, large):
+        batch = rm.Examples(texts, model.encode_images(frames), tokens, labels, labels.long())
+        answers.append(model.answer_logits(batch, torch.zeros(3, dtype=torch.bool)))
+    assert batch.images.dtype == torch.uint8
+    torch.testing.assert_close(*answers, rtol=0, atol=2e-3)  # float16 of what is kept
+
+
 # ---- files and command line ------------------------------------------------------------------------------------------
-
-
-def write_demos(path, count, hz=5, broken=(), size=64):
-    """Demonstrations in LIBERO's layout: frames whose brightness follows the speed, stored upside down."""
-    with h5py.File(path, "w") as file:
-        data = file.create_group("data")
-        data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the red block"})
-        if hz != 20:
-            data.attrs["action_repeat"] = 20 // hz
-        for i in range(count):
-            actions, ee_pos, gripper = pick_and_place(hz, noise=0.0002, seed=i)
-            moving = np.append(np.linalg.norm(np.diff(ee_pos, axis=0), axis=1), 0) * hz
-            frames = np.zeros((len(actions), size, size, 3), np.uint8)
-            frames[:, size // 2 :] = (40 + 800 * moving).clip(0, 255).astype(np.uint8)[:, None, None, None]
-            if i in broken:
-                ee_pos[3] = np.nan
-            demo = data.create_group(f"demo_{i}")
-            demo["actions"] = actions
-            demo["obs/ee_pos"], demo["obs/gripper_states"], demo["obs/agentview_rgb"] = ee_pos, gripper, frames
 
 
 def test_reader_turns_images_upright(tmp_path):
@@ -441,21 +469,16 @@ def test_reader_turns_images_upright(tmp_path):
 
 def test_label_command_plots(tmp_path, capsys):
     write_demos(tmp_path / "toy_demo.hdf5", 3, broken=[1])
-    rm.main(["label", "--demos", str(tmp_path), "--plot", str(tmp_path / "plots")])
+    run(["label", "--demos", str(tmp_path), "--plot", str(tmp_path / "plots")])
     assert "2 of 3 trajectories used" in capsys.readouterr().out
     files = sorted((tmp_path / "plots").iterdir())
     assert len(files) == 3  # the broken one too: it is what a person wants to look at
     for file in files:
         with Image.open(file) as image:
             image.load()
-            assert image.format == "PNG" and image.width > 800 and np.ptp(np.asarray(image.convert("L"))) > 100
-
-
-def test_plot_of_one_step(tmp_path):
-    result = rm.label_trajectory(np.zeros((1, 7)), np.zeros((1, 3)))
-    rm.plot_trajectory(tmp_path / "one.png", np.zeros((1, 8, 8, 3), np.uint8), result, "one step")
-    with Image.open(tmp_path / "one.png") as image:
-        image.verify()
+            assert (
+                image.format == "PNG" and image.width > 800 and np.ptp(np.asarray(image.convert("L"))) > 100
+            )
 
 
 def test_train_and_score_commands(tiny, tmp_path, capsys):
@@ -463,21 +486,59 @@ def test_train_and_score_commands(tiny, tmp_path, capsys):
     copy_of(tiny).save_pretrained(tmp_path / "sft")
     write_demos(tmp_path / "toy_demo.hdf5", 8, broken=[2])
     demos, out = ["--demos", str(tmp_path / "toy_demo.hdf5")], tmp_path / "rprm"
-    rm.main([
-        "train", *demos, "--suite", "toy", "--policy", str(tmp_path / "sft"), "--out", str(out), "--epochs", "4",
-        "--lr", "2e-3", "--batch-size", "16", "--failures", demos[1], "--successes", demos[1], "--limit", "4",
-    ])
+    run(
+        [
+            "train",
+            *demos,
+            "--suite",
+            "toy",
+            "--policy",
+            str(tmp_path / "sft"),
+            "--out",
+            str(out),
+            "--epochs",
+            "4",
+            "--lr",
+            "2e-3",
+            "--batch-size",
+            "16",
+            "--failures",
+            demos[1],
+            "--successes",
+            demos[1],
+            "--limit",
+            "4",
+        ]
+    )
     printed = capsys.readouterr().out
-    assert "17 of 20 trajectories used" in printed and "AUROC" in printed  # --limit is of the demonstrations: 4 + 8 + 8, 3 of them broken
+    assert (
+        "17 of 20 trajectories used" in printed and "AUROC" in printed
+    )  # --limit is of the demonstrations: 4 + 8 + 8, 3 of them broken
     info = json.loads((out / "rprm.json").read_text())
-    assert info["label_rule"]["window"] == 0.6 and 0 <= info["held_out"]["auroc"] <= 1 and info["train_rows"] > 0
-    reward_model = rm.RewardModel.from_pretrained(out)
+    assert (
+        info["label_rule"]["window"] == 0.6 and 0 <= info["held_out"]["auroc"] <= 1 and info["train_rows"] > 0
+    )
+    reward_model = rm.RPRM.from_pretrained(out)
     assert reward_model.info == info and reward_model.shares_vision(tiny)
     assert reward_model.prior == info["prior"] and 0 < info["prior"] < 0.5
     assert not any(p.requires_grad for p in reward_model.model.parameters())
 
-    rm.main(["score", *demos, "--suite", "toy", "--rprm", str(out), "--json", str(tmp_path / "s.json"), "--limit", "1",
-             "--plot", str(tmp_path / "plots")])
+    run(
+        [
+            "score",
+            *demos,
+            "--suite",
+            "toy",
+            "--rprm",
+            str(out),
+            "--json",
+            str(tmp_path / "s.json"),
+            "--limit",
+            "1",
+            "--plot",
+            str(tmp_path / "plots"),
+        ]
+    )
     (record,) = json.loads((tmp_path / "s.json").read_text())
     assert len(record["scores"]) == len(record["labels"]) and all(0 <= s <= 1 for s in record["scores"])
     assert len(list((tmp_path / "plots").iterdir())) == 1
@@ -492,7 +553,7 @@ def test_train_and_score_commands(tiny, tmp_path, capsys):
         (["score", "--demos", "toy.hdf5", "--rprm", "nowhere"], "rprm.json"),
         (["train", "--demos", "toy.hdf5", "--policy", "./nowhere"], "nowhere"),
         (["label", "--demos", "toy.hdf5", "--window", "-1"], "--window"),
-        (["evaluate", "--suite", "libero_moon"], "libero_moon"),
+        (["record", "--suite", "libero_moon"], "libero_moon"),
     ],
 )
 def test_bad_input_is_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
@@ -500,265 +561,14 @@ def test_bad_input_is_one_line(arguments, expected, tmp_path, monkeypatch, capsy
     write_demos(tmp_path / "toy.hdf5", 1)
     (tmp_path / "cut.hdf5").write_bytes((tmp_path / "toy.hdf5").read_bytes()[:3000])
     with pytest.raises(SystemExit) as stop:
-        rm.main(arguments)
+        run(arguments)
     error = capsys.readouterr().err.strip()
     assert stop.value.code != 0 and expected in error and error.startswith("error:") and "\n" not in error
 
 
-# ---- in the simulator ------------------------------------------------------------------------------------------------
-
-
-def scripted(episodes, model):
-    """A crude expert for libero_object: above the can, down, close, lift, above the basket, let go."""
-    held = dict.fromkeys(range(len(episodes)), 0)
-
-    def choose(rows, *_):
-        actions = np.zeros((len(rows), 7))
-        for k, i in enumerate(rows):
-            state = episodes[i].privileged()
-            (can, _), (basket, _) = state["objects"]["alphabet_soup_1"], state["objects"]["basket_1"]
-            hand = state["eef_pos"]
-            if held[i] == 0:  # reach: a funnel, low only where the hand is above the can
-                away = np.linalg.norm((can - hand)[:2])
-                goal, grip = can + [0, 0, min(0.15, 2 * max(0.0, away - 0.01))], 1.0
-                held[i] = int(np.linalg.norm(can - hand) < 0.02)
-            elif held[i] < 4:  # close
-                goal, grip = hand, 0.0
-                held[i] += 1
-            else:
-                over = np.linalg.norm((basket - hand)[:2]) < 0.03
-                high = can[2] > 0.15 or np.linalg.norm((basket - hand)[:2]) < 0.1
-                goal, grip = np.append(basket[:2] if high else hand[:2], 0.25), float(over)
-            actions[k, :3], actions[k, 6] = np.clip(5 * (goal - hand), -1, 1), grip
-        return torch.from_numpy(model.encode_actions(actions, "toy")), actions
-
-    return choose
-
-
-@pytest.mark.libero
-def test_progress_and_loitering_in_the_simulator(tmp_path):
-    from simulator.task import TaskSim
-
-    model = build_tiny(0)
-    model.norm_stats = STATS
-    reward_model, limit = rm.RewardModel(copy_of(model), {}), 70
-    sim = TaskSim("libero_object", 0)
-    episodes = [sim.episode() for _ in range(2)]
-    for i, episode in enumerate(episodes):
-        episode.reset(i)
-    expert = scripted(episodes, model)
-    # The second episode never closes its gripper, so it reaches and fails.
-    def choose(rows, *context):
-        tokens, actions = expert(rows, *context)
-        actions[[k for k, i in enumerate(rows) if i == 1], 6] = 1.0
-        return tokens, actions
-
-    won, lost = rm.roll(reward_model, model, sim, episodes, limit, choose)
-    assert won["success"] and not lost["success"]
-    for run in (won, lost):
-        T = len(run["scores"])
-        assert len(run["state_scores"]) == len(run["progress"]) == T + 1
-        assert all(len(run[key]) == T for key in ("states", "actions", "frames", "ee_pos", "gripper_states"))
-        assert all(0 <= score <= 1 for score in run["scores"])
-        assert run["progress"][0] == 0 and (np.diff(run["progress"]) >= 0).all()
-    assert won["progress"][-1] == 1.0 and won["state_scores"][-1] == 0.0
-    assert len(lost["scores"]) == limit and 0.25 < lost["progress"][-1] < 0.6  # reached, never lifted
-
-    rm.record_runs(tmp_path, sim, [won, lost], model.action_repeat)
-    for kind, run in (("success", won), ("failure", lost)):
-        (read,) = rm.read_trajectories(tmp_path / kind, success=kind == "success")
-        assert read["instruction"] == sim.instruction and read["action_repeat"] == 4 and not read["disturbed"]
-        np.testing.assert_array_equal(read["frames"], run["frames"])
-        tokens = rm.action_tokens_of(model, read["actions"], "toy")
-        np.testing.assert_array_equal(tokens, model.encode_actions(np.array(run["actions"]), "toy"))
-        result = rm.label(read, rm.LabelRule())
-        assert result.usable and (result.labels == rm.POSITIVE).any() == (kind == "success")
-
-    (hover,) = rm.loiter(reward_model, model, sim, [won], limit, "toy")
-    start = int(np.argmax(won["scores"]))
-    assert hover["scores"][:start] == won["scores"][:start]
-    assert hover["success"] or len(hover["scores"]) == limit
-    assert hover["scores"][start] == pytest.approx(won["scores"][start], abs=0.2)  # same picture, hovering action
-    sim.close()
-
-
-# ---- a stock VLM -----------------------------------------------------------------------------------------------------
-
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
-
-
-@pytest.fixture(params=["Qwen2-VL", "Qwen2.5-VL"])
-def qwen(request, tmp_path):
-    """A Qwen2-VL or its successor with random weights, in the layout of the hub."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    words = "<unk> 0 1 user assistant The task is to pick up the red green block , it completed ? Answer for yes or no"
-    words = [*words.split(), ".", *"next action is Is one of progress unknown".split(), *map(str, range(256))]
-    base = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
-    base.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=base, unk_token="<unk>", pad_token="<|end|>", eos_token="<|end|>",
-        additional_special_tokens=special, chat_template=CHAT,
-    )
-    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
-    torch.manual_seed(0)
-    if request.param == "Qwen2-VL":
-        kind, vision = "Qwen2VL", dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
-    else:
-        kind = "Qwen2_5_VL"
-        vision = dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, window_size=56)
-        vision["fullatt_block_indexes"] = [0]
-    config = getattr(transformers, f"{kind}Config")(
-        text_config=dict(
-            vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        ),
-        vision_config=dict(depth=1, num_heads=2, patch_size=14, initializer_range=0.5, **vision),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )
-    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_stock_vlm_scores_frames(qwen):
-    vlm = VLM.from_pretrained(qwen)
-    frames = np.random.default_rng(0).integers(0, 255, (5, 128, 128, 3), dtype=np.uint8)
-    together = vlm.score_frames(frames, "pick up the red block")
-    assert together.shape == (5,) and ((0 <= together) & (together <= 1)).all() and together.std() > 1e-4
-    alone = [vlm.score_frames(frames[i : i + 1], "pick up the red block")[0] for i in range(5)]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    other = vlm.score_frames(frames, "pick up the green block")
-    assert np.abs(other - together).max() > 1e-4  # it reads the instruction
-
-
-def test_stock_vlm_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="no vision-language model at"):
-        VLM.from_pretrained(tmp_path)
-
-
-def test_stock_vlm_scores_a_rollout(qwen):
-    """What train.py does with it: instructions mixed, both modes, a cut episode's own last frame."""
-    vlm = rm.load_reward_model(str(qwen))
-    assert isinstance(vlm, VLM)
-    rng = np.random.default_rng(0)
-    texts = ["pick up the red block", "pick up the green block"]
-    seen = [(rng.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8), texts) for _ in range(4)]
-    final = rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)
-    want = torch.tensor([[vlm.score_frames(frames[n : n + 1], texts[n])[0] for n in range(2)] for frames, _ in seen])
-    scores, following = train.score_frames(vlm, seen[:3], seen[3], {}, "sum")
-    torch.testing.assert_close(scores, want[:3].float(), rtol=0, atol=1e-5)
-    assert scores.std() > 1e-3 and not following.any()
-    scores, following = train.score_frames(vlm, seen[:3], seen[3], {(1, 0): final}, "potential")
-    torch.testing.assert_close(scores, want[:3].float(), rtol=0, atol=1e-5)
-    want[2, 0] = vlm.score_frames(final[None], texts[0])[0]  # follows step 1 of environment 0
-    torch.testing.assert_close(following, want[1:].float(), rtol=0, atol=1e-5)
-
-
-STATISTICS = tuple(np.array(STATS["toy"]["action"][key]) for key in ("q01", "q99", "mask"))
-
-
-def vlm_examples(vlm, n=200):
-    """Positive where the image is bright AND the hand goes up; instructions of two lengths."""
-    rng = np.random.default_rng(0)
-    bright, up = rng.random(n) < 0.7, rng.random(n) < 0.7
-    frames = (rng.integers(0, 60, (n, 64, 64, 3)) + 180 * bright[:, None, None, None]).astype(np.uint8)
-    actions = np.zeros((n, 7))
-    actions[:, 2] = np.where(up, 0.8, -0.8)
-    texts = [f"pick up the {'red' if i % 2 else 'green , green'} block" for i in range(n)]
-    return rm.Examples(texts, vlm.images_of(frames), vlm.actions_of(actions), torch.from_numpy(bright & up).float(), torch.arange(n) // 6)
-
-
-def test_a_vlm_learns_the_labels_by_its_adapter(qwen, tmp_path):
-    vlm = VLM.from_pretrained(qwen).to_be_tuned(qwen, STATISTICS, rank=8)
-    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
-    examples = vlm_examples(vlm)
-    held_out = rm.split(examples, 0.25, seed=0)
-    best, history = rm.fit(
-        vlm, examples.select(~held_out), examples.select(held_out), epochs=12, batch_size=32, micro_batch_size=8, lr=1e-2,
-        patience=12, action_dropout=0.2, whole_vocabulary=False, seed=0,
-    )
-    assert best["auroc"] > 0.9 and best["nll"] < 0.8 * history[0]["nll"]
-    changed = [name for name, p in vlm.model.named_parameters() if not torch.equal(p, before[name])]
-    assert changed and all("lora_" in name for name in changed) and not any("visual" in name for name in changed)
-
-    # Rows of other lengths beside it change no row, and what was saved judges like what was trained.
-    rows, shown = examples.select(torch.arange(6)), torch.tensor([False, True] * 3)
-    with torch.no_grad():
-        together = vlm.verdicts(rows, shown)
-        for i in range(6):
-            torch.testing.assert_close(vlm.verdicts(rows.select([i]), shown[i : i + 1])[0], together[i], rtol=0, atol=2e-4)
-    vlm.save(tmp_path / "rprm", {"suite": "toy"})
-    assert (tmp_path / "rprm" / "adapter_model.safetensors").stat().st_size < 300_000
-    again = rm.load_reward_model(str(tmp_path / "rprm"))
-    assert isinstance(again, VLM) and again.info["suite"] == "toy" and again.info["vlm"] == str(qwen)
-    np.testing.assert_allclose(rm.predict(again, rows), rm.predict(vlm, rows), atol=1e-4)
-    assert not any(p.requires_grad for p in again.model.parameters())
-
-    # In the loop: `sum` shows it the actions, `potential` does not.
-    frames, texts = rows.images[:2].numpy(), rows.instructions[:2]
-    seen, levels = [(frames, texts)] * 3, rows.actions[:2].repeat(3, 1, 1)
-    shown, _ = train.score_frames(again, seen, (frames, texts), {}, "sum", levels)
-    np.testing.assert_allclose(shown[0], rm.predict(again, rows.select([0, 1])), atol=1e-4)
-    alone, _ = train.score_frames(again, seen, (frames, texts), {}, "potential", levels)
-    np.testing.assert_allclose(alone[0], rm.predict(again, rows.select([0, 1]), state_only=True), atol=1e-4)
-    assert not torch.allclose(shown, alone, atol=1e-3)
-
-
-@pytest.mark.parametrize("qwen", ["Qwen2.5-VL"], indirect=True)
-def test_a_vlm_is_tuned_from_the_command_line(tiny, qwen, tmp_path, capsys):
-    copy_of(tiny).save_pretrained(tmp_path / "sft")
-    write_demos(tmp_path / "toy_demo.hdf5", 4)
-    demos, out = ["--demos", str(tmp_path / "toy_demo.hdf5"), "--suite", "toy"], tmp_path / "rprm"
-    rm.main(["train", *demos, "--vlm", str(qwen), "--policy", str(tmp_path / "sft"), "--out", str(out), "--epochs", "1",
-             "--lr", "1e-3", "--batch-size", "16"])
-    assert "AUROC" in capsys.readouterr().out
-    rm.main(["score", *demos, "--rprm", str(out), "--json", str(tmp_path / "s.json"), "--limit", "1"])
-    (record,) = json.loads((tmp_path / "s.json").read_text())
-    assert len(record["scores"]) == len(record["labels"]) and all(0 <= s <= 1 for s in record["scores"])
-    with pytest.raises(SystemExit):
-        rm.main(["evaluate", "--rprm", str(out), "--policy", str(tmp_path / "sft")])
-    assert "is a tuned VLM" in capsys.readouterr().err
-    (out / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="no vision-language model at"):
-        rm.load_reward_model(str(out))
-
-
-@pytest.mark.libero
-@pytest.mark.slow
-@pytest.mark.parametrize("qwen", ["Qwen2.5-VL"], indirect=True)
-def test_stock_vlm_in_the_loop(qwen, tmp_path):
-    """`train.py --reward-model VLM`, with the paper's sum, whose payment is easy to add up."""
-    model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
-    model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
-    model.save_pretrained(tmp_path / "policy")
-    flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --out {tmp_path / "run"} --num-envs 2
-        --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --final-episodes 0
-        --video-every 0 --prm-mode sum --prm-weight 0.02"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "train.py", *flags.split()], cwd=Path(rm.__file__).parent, env=environment,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert 0 < metrics["charts/prm_score"] < 1
-    paid = metrics["charts/reward"] * 6 - metrics["charts/sparse_return"] * 2
-    assert paid == pytest.approx(0.02 * metrics["charts/prm_score"] * 6, rel=1e-3)
-
-
 def test_reward_model_is_told_from_a_stock_vlm(tmp_path):
     with pytest.raises(UserError, match="holds no rprm.json"):
-        rm.load_reward_model(str(tmp_path / "nothing"))
+        rm.read_reward_model(str(tmp_path / "nothing"))
     build_tiny(0, words=["red"]).save_pretrained(tmp_path / "policy")
-    with pytest.raises(UserError, match="holds no rprm.json"):  # a policy is no judge
-        rm.load_reward_model(str(tmp_path / "policy"))
+    with pytest.raises(UserError, match="holds no rprm.json"):  # a policy is no reward model
+        rm.read_reward_model(str(tmp_path / "policy"))

@@ -1,0 +1,85 @@
+"""How good a score is: ranking, calibration, correlation. numpy arrays in, floats out; NaN where nothing can be measured."""
+
+import math
+
+import numpy as np
+from scipy.stats import kendalltau, rankdata, spearmanr
+
+
+def auroc(scores, labels):
+    """Probability that a positive scores higher than a negative, ties counted half; NaN when a class is missing."""
+    labels = np.asarray(labels, bool)
+    n1, n0 = int(labels.sum()), int((~labels).sum())
+    if not n1 or not n0:
+        return math.nan
+    return float((rankdata(scores)[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def auroc_interval(value, positives, negatives):
+    """95 % interval [low, high] of an AUROC from so many positives and negatives (Hanley and McNeil, 1982); NaN for NaN."""
+    if math.isnan(value):
+        return [math.nan, math.nan]
+    one, two = (
+        value / (2 - value),
+        2 * value**2 / (1 + value),
+    )  # P(two positives above one negative), P(one above two)
+    variance = value * (1 - value) + (positives - 1) * (one - value**2) + (negatives - 1) * (two - value**2)
+    half = 1.96 * math.sqrt(variance / (positives * negatives))
+    return [max(0.0, value - half), min(1.0, value + half)]
+
+
+def average_precision(scores, labels):
+    """Sum over thresholds of precision x gain in recall (no interpolation; equal scores share one threshold)."""
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    if not labels.any():
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(labels[order])
+    last = np.append(
+        np.flatnonzero(np.diff(scores[order])), len(scores) - 1
+    )  # last row of each group of equal scores
+    gains = np.diff(hits[last], prepend=0)
+    return float((gains * hits[last] / (last + 1)).sum() / labels.sum())
+
+
+def calibration(scores, labels, bins=10):
+    """{"ece", "brier"} of scores (n,) in [0, 1] read as probabilities of labels (n,); NaN where a class is missing.
+
+    ECE: mean over equal-width bins of |share of positives - mean score|. Brier: mean squared error of the score.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    n1 = labels.sum()
+    if n1 == 0 or n1 == len(labels):
+        return {"ece": math.nan, "brier": math.nan}
+    which = np.minimum((scores * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, (labels - scores) / len(labels), bins)
+    return {"ece": float(np.abs(gaps).sum()), "brier": float(((scores - labels) ** 2).mean())}
+
+
+def spearman(x, y):
+    """Rank correlation; NaN where one side is constant (nothing to rank)."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(spearmanr(x, y).statistic)
+
+
+def kendall(x, y):
+    """Kendall's tau: (pairs in the same order - pairs in opposite order) / pairs, ties aside; NaN where nothing is ordered."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(kendalltau(x, y).statistic)
+
+
+def mean(values):
+    """Mean of the values that are not NaN; NaN of none."""
+    values = [value for value in values if not math.isnan(value)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def without_nan(value):
+    """The same nested value with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,250 @@
+"""Checks of a reward model: arithmetic on made-up runs, and true progress in the simulator."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rprm_toys import STATS, copy_of
+
+import reward_model as rm
+from bench import rprm
+from policy import build_tiny
+from simulator.recording import play
+from support.metrics import kendall, without_nan
+
+
+def test_report_of_made_up_runs(capsys):
+    """Two successes and a failure: the loitering arithmetic, the correlations, the tables."""
+    finishes = {"success": True, "scores": [0.5, 0.6, 0.9], "state_scores": [0.5, 0.6, 0.9, 0.0]}
+    finishes |= {"progress": [0, 0.3, 0.5, 1], "dropped": [False] * 4}
+    slower = {**finishes, "scores": [0.1, 0.6, 0.9]}
+    fails = {"success": False, "scores": [0.4] * 60, "state_scores": [0.4] * 61, "dropped": [False] * 61}
+    fails["progress"] = [0.0] + [0.2] * 60
+    hovers = {"success": False, "scores": [0.5, 0.6] + [0.9] * 60, "state_scores": [0.5, 0.6] + [0.9] * 61}
+    # hovered, and the object fell in: left out
+    lucky = {"success": True, "scores": [0.9], "state_scores": [0.9, 0.0]}
+    runs, how = [finishes, fails, slower], {"weight": 0.1, "gamma": 0.99, "rate": 5}
+    numbers = rprm.report(runs, [60] * 3, [hovers, lucky], **how)
+    table = numbers["follows_the_task"]
+    assert (numbers["episodes"], numbers["successes"], table["score"]["episode_auroc"]) == (3, 2, 1.0)
+    scores_of_successes = np.mean([np.mean(run["scores"]) for run in (finishes, slower)])
+    assert table["score"]["difference"] == pytest.approx(scores_of_successes - 0.4)
+    swapped = [
+        {**run, "scores": run["state_scores"][: len(run["scores"])], "state_scores": [*run["scores"], 0.0]}
+        for run in runs
+    ]
+    other = rprm.report(swapped, [60] * 3, [hovers, lucky], **how)
+    assert other["follows_the_task"]["score of the state alone"] == table["score"]
+    names = ("score_and_next_second", "state_score_and_next_second")
+    ours, theirs = numbers["spearman_with_progress"], other["spearman_with_progress"]
+    assert [theirs[n] for n in names] == [ours[n] for n in reversed(names)] and len(set(ours.values())) > 1
+    assert ours["state_score"] == pytest.approx(1.0)  # 0.5, 0.6, 0.9 while progress is 0, 0.3, 0.5
+    assert numbers["spearman_with_progress"]["cumulative_score"] == pytest.approx(1.0)
+    none, total, potential = (numbers["loitering"][mode] for mode in rm.MODES)
+    assert [none[k] for k in ("pairs", "loiter_wins", "safe_weight", "loiter_return")] == [1, 0, None, 0]
+    assert none["success_return"] == pytest.approx(0.99**2)
+    assert total["loiter_wins"] == 1 and total["loiter_return"] > total["success_return"]
+    # At the safe weight the two returns meet.
+    at = rprm.loitering([finishes], [hovers], total["safe_weight"], 0.99)["sum"]
+    assert at["loiter_return"] == pytest.approx(at["success_return"])
+    assert potential["loiter_wins"] == 0 and potential["success_return"] == pytest.approx(0.99**2 - 0.1 * 0.5)
+    tau = rprm.order_of_policies(runs, [60] * 3, ["a", "b", "a"])
+    empty = without_nan(rprm.report([fails], [60], [], **how))
+    assert (
+        json.loads(json.dumps(empty, allow_nan=False))["follows_the_task"]["clock"]["episode_auroc"] is None
+    )
+    for result in (numbers, empty):
+        rprm.show({"suite": "toy", "rprm": "r", "task_ids": [0, 1], "kendall_tau": tau, **result})
+    assert "2 of 3 episodes succeeded" in capsys.readouterr().out
+
+
+def test_what_a_clock_passes_and_what_not():
+    """Scores that follow the task, and a clock: both agree with time; films backwards, drops and policies tell them apart."""
+    rng = np.random.default_rng(0)
+
+    def run(T, success, drop=None):
+        truth = np.linspace(0, 1 if success else 0.6, T + 1)
+        dropped = np.zeros(T + 1, bool)
+        if drop is not None:
+            truth[drop:] -= 0.4
+            dropped[drop] = True
+        scores = np.clip(truth + 0.01 * rng.normal(size=T + 1), 0, 1)
+        return {
+            "success": success,
+            "scores": scores[:T],
+            "state_scores": scores,
+            "progress": truth,
+            "dropped": dropped,
+        }
+
+    runs = [
+        run(40, True),
+        run(50, True),
+        run(60, False, 30),
+        run(60, False),
+        run(55, True, 20),
+        run(60, False, 45),
+    ]
+    table = rprm.follows_the_task(runs, [60] * 6, rate=5)
+    score, clock = table["score"], table["clock"]
+    assert clock["voc"] == 1.0 == clock["voc_reversed"]
+    assert score["voc"] > 0.7 and score["voc_reversed"] == pytest.approx(-score["voc"])
+    assert score["drop_auroc"] > 0.95 and clock["drop_auroc"] == 0.5  # a clock never falls
+    assert score["error"] < 0.02 < 0.2 < clock["error"]
+    assert score["difference"] > 0.1 > 0 > clock["difference"]
+    total = table["sum of scores so far"]
+    assert total["voc"] == 1.0 == total["voc_reversed"]  # so a sum tells nothing by either
+    policies = ["good", "good", "bad", "bad", "middling", "middling"]
+    tau = rprm.order_of_policies(runs, [60] * 6, policies)
+    means = [np.mean([np.mean(runs[i]["scores"]) for i in pair]) for pair in ((2, 3), (0, 1), (4, 5))]
+    assert tau["score"] == pytest.approx(kendall(means, [0, 1, 0.5]))
+
+
+def test_drops():
+    heights = np.zeros((20, 2))
+    heights[5:10, 0], heights[8:17, 1] = 0.1, 0.2
+    assert np.flatnonzero(rprm.drops(heights, success=False)).tolist() == [10, 17]
+    assert np.flatnonzero(rprm.drops(heights, success=True)).tolist() == [10]  # the last is the release
+    assert not rprm.drops(np.zeros((20, 0)), success=False).any()  # no object to carry: a drawer
+
+
+# ---- in the simulator ------------------------------------------------------------------------------------------------
+
+
+def scripted(episodes, model):
+    """A crude expert for libero_object: above the can, down, close, lift, above the basket, let go."""
+    held = dict.fromkeys(range(len(episodes)), 0)
+
+    def choose(rows, *_):
+        actions = np.zeros((len(rows), 7))
+        for k, i in enumerate(rows):
+            state = episodes[i].privileged()
+            (can, _), (basket, _) = state["objects"]["alphabet_soup_1"], state["objects"]["basket_1"]
+            hand = state["eef_pos"]
+            if held[i] == 0:  # reach: a funnel, low only where the hand is above the can
+                away = np.linalg.norm((can - hand)[:2])
+                goal, grip = can + [0, 0, min(0.15, 2 * max(0.0, away - 0.01))], 1.0
+                held[i] = int(np.linalg.norm(can - hand) < 0.02)
+            elif held[i] < 4:  # close
+                goal, grip = hand, 0.0
+                held[i] += 1
+            else:
+                over = np.linalg.norm((basket - hand)[:2]) < 0.03
+                high = can[2] > 0.15 or np.linalg.norm((basket - hand)[:2]) < 0.1
+                goal, grip = np.append(basket[:2] if high else hand[:2], 0.25), float(over)
+            actions[k, :3], actions[k, 6] = np.clip(5 * (goal - hand), -1, 1), grip
+        return torch.from_numpy(model.encode_actions(actions, "toy")), actions
+
+    return choose
+
+
+@pytest.mark.libero
+def test_progress_and_loitering_in_the_simulator(tmp_path):
+    from simulator.task import TaskSim
+
+    model = build_tiny(0)
+    model.norm_stats = STATS
+    reward_model, limit = rm.RPRM(copy_of(model), {}), 70
+    sim = TaskSim("libero_object", 0)
+    episodes = [sim.episode() for _ in range(2)]
+    for i, episode in enumerate(episodes):
+        episode.reset(i)
+    expert = scripted(episodes, model)
+
+    # The second episode never closes its gripper, so it reaches and fails.
+    def choose(rows, frames):
+        assert frames.shape == (len(rows), 256, 256, 3)
+        tokens, actions = expert(rows)
+        actions[[k for k, i in enumerate(rows) if i == 1], 6] = 1.0
+        return tokens, actions
+
+    won, lost = play(episodes, limit, model.action_repeat, choose)
+    assert won["success"] and not lost["success"]
+    rm.write_runs(tmp_path, sim, [won, lost], model.action_repeat)
+    for kind, run in (("success", won), ("failure", lost)):
+        (read,) = rm.read_trajectories(tmp_path / kind, success=kind == "success")
+        assert read["instruction"] == sim.instruction and read["action_repeat"] == 4 and not read["disturbed"]
+        np.testing.assert_array_equal(read["frames"], run["frames"][:-1])
+        tokens = reward_model.encode_actions(rm.policy_convention(read["actions"]), "toy")
+        np.testing.assert_array_equal(tokens, model.encode_actions(np.array(run["actions"]), "toy"))
+        result = rm.label(read, rm.LabelRule())
+        assert result.usable and (result.labels == rm.POSITIVE).any() == (kind == "success")
+
+    spare = sim.episode()
+    for run in (won, lost):
+        T = len(run["tokens"])
+        assert len(run["frames"]) == len(run["states"]) == T + 1
+        assert all(len(run[key]) == T for key in ("actions", "ee_pos", "gripper_states"))
+        rprm.score_run(reward_model, model, run, sim.instruction)
+        rprm.follow(spare, run)
+        assert len(run["scores"]) == T and len(run["state_scores"]) == len(run["progress"]) == T + 1
+        assert all(0 <= score <= 1 for score in run["scores"])
+        assert run["progress"][0] == 0 and (np.diff(run["progress"]) >= 0).all()
+        assert not run["dropped"].any()
+    assert won["progress"][-1] == 1.0 and won["state_scores"][-1] == 0.0
+    assert len(lost["scores"]) == limit and 0.25 < lost["progress"][-1] < 0.6  # reached, never lifted
+
+    (hover,) = rprm.loiter(reward_model, model, sim, [won], limit, "toy")
+    start = int(np.argmax(won["scores"]))
+    assert hover["scores"][:start] == won["scores"][:start]
+    assert hover["success"] or len(hover["scores"]) == limit
+    # same picture, hovering action
+    assert hover["scores"][start] == pytest.approx(won["scores"][start], abs=0.2)
+    sim.close()
+
+
+def moved(episode, joint, value):
+    """The episode with one joint of a fixture elsewhere, and everything that follows from it."""
+    import mujoco
+
+    model = episode.sim.model
+    episode._activate()
+    episode.data.qpos[model.joint(joint).qposadr[0]] = value
+    mujoco.mj_forward(model, episode.data)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    "suite, task_id, kinds",
+    [("libero_goal", 0, ["open"]), ("libero_goal", 5, ["on"]), ("libero_10", 3, ["close", "in"])],
+)
+def test_progress_of_drawers_and_plates(suite, task_id, kinds):
+    """Progress follows the joint of a drawer and the place of an object, and is 1 where LIBERO calls the task done."""
+    from simulator.task import TaskSim
+
+    sim = TaskSim(suite, task_id, render="none")
+    episode = sim.episode()
+    episode.reset(0)
+    env = sim.env.env
+    goals = env.parsed_problem["goal_state"]
+    assert [goal[0].lower() for goal in goals] == kinds
+    progress = rprm.TaskProgress(episode)
+    assert progress(episode) == pytest.approx(0.0, abs=0.02) and not env._check_success()
+    seen = [progress(episode)]
+    for goal in goals:
+        if len(goal) == 2:  # a drawer: from where it stands to where LIBERO calls it open or closed
+            (joint,) = env.object_sites_dict[goal[1]].joints
+            q0 = float(episode.data.qpos[sim.model.joint(joint).qposadr[0]])
+            target = -0.15 if goal[0].lower() == "open" else 0.0
+            for share in (0.25, 0.5, 0.75, 1.0):
+                moved(
+                    episode,
+                    joint,
+                    q0 + share * (target - q0) + (0.004 if share == 1 and target == 0.0 else 0.0),
+                )
+                seen.append(progress(episode))
+            assert env._eval_predicate(goal)
+        else:
+            place = env.object_states_dict[goal[2]].get_geom_state()["pos"]
+            address = sim.model.joint(env.get_object(goal[1]).joints[0]).qposadr[0]
+            start = episode.data.qpos[address : address + 3].copy()
+            for share in (0.5, 1.0):
+                where = start + share * (place - start) + [0, 0, 0.1 if share < 1 else 0.0]
+                for k in range(3):
+                    moved_to = where[k]
+                    episode.data.qpos[address + k] = moved_to
+                moved(episode, env.robots[0].robot_joints[0], episode.data.qpos[0])
+                seen.append(progress(episode))
+    assert (np.diff(seen) >= 0).all() and seen[-1] > 0.45 * 1 and max(seen) <= 1.0
+    sim.close()

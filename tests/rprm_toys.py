@@ -1,0 +1,92 @@
+"""What the tests of reward models share: a simulated hand, demonstrations of it, a small OpenVLA."""
+
+import copy
+import json
+
+import h5py
+import numpy as np
+import torch
+
+import reward_model
+from policy import build_tiny
+from support.cli import parse_command
+
+FINE = 200  # Hz of the simulated hand
+STROKE = 0.08
+
+
+def pick_and_place(hz, noise=0.0, gripper_noise=0.0, held=0.045, seed=0):
+    """A hand that reaches (stops at 2.0 s), closes, carries (stops at 4.8 s), opens, and leaves.
+
+    Returns actions (T, 7), ee_pos (T, 3), gripper_states (T, 2).
+    The fingers move at 0.15 m/s, so with `held` = 45 mm they stop 0.23 s after each command.
+    """
+    rng = np.random.default_rng(seed)
+    phases = [  # seconds, peak speed, gripper closed
+        (0.4, 0, False),
+        (1.6, 0.25, False),
+        (0.8, 0, True),
+        (2.0, 0.25, True),
+        (0.6, 0, False),
+        (0.8, 0.2, False),
+    ]
+    position, opening, path, openings, commands = np.zeros(3), STROKE, [], [], []
+    for seconds, speed, closed in phases:
+        for phase in (np.arange(int(seconds * FINE)) + 0.5) / int(seconds * FINE):
+            path.append(position.copy())
+            openings.append(opening)
+            commands.append(1.0 if closed else -1.0)
+            position = position + speed * np.sin(np.pi * phase) * np.array([0.8, 0.6, 0.0]) / FINE
+            opening += np.clip((held if closed else STROKE) - opening, -0.15 / FINE, 0.15 / FINE)
+    path, openings, commands = (np.array(x)[:: FINE // hz] for x in (path, openings, commands))
+    path = path + noise * rng.normal(size=path.shape)
+    openings = openings + gripper_noise * rng.normal(size=len(openings))
+    actions = np.zeros((len(path), 7))
+    actions[:, 6] = commands
+    return actions, path, np.stack([openings / 2, -openings / 2], axis=1)
+
+
+WORDS = ["pick", "up", "the", "red", "green", "block", "and", "place", "it", "in", "basket"]
+STATS = {"toy": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
+
+
+def small_openvla():
+    torch.manual_seed(0)
+    model = build_tiny(
+        0, WORDS, image_size=56, patch_size=14, vision_width=32, vision_blocks=2, vision_heads=2, width=64, layers=2,
+        heads=2, mlp=128,
+    )  # fmt: skip
+    model.norm_stats = STATS
+    return model
+
+
+def copy_of(model):
+    return copy.deepcopy(model)
+
+
+def run(argv):
+    """`python reward_model.py ARGV` in this process."""
+    reward_model.main(*parse_command(reward_model.COMMANDS, "", argv))
+
+
+def write_demos(path, count, hz=5, broken=(), size=64):
+    """Demonstrations in LIBERO's layout: frames whose brightness follows the speed, stored upside down."""
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the red block"})
+        if hz != 20:
+            data.attrs["action_repeat"] = 20 // hz
+        for i in range(count):
+            actions, ee_pos, gripper = pick_and_place(hz, noise=0.0002, seed=i)
+            moving = np.append(np.linalg.norm(np.diff(ee_pos, axis=0), axis=1), 0) * hz
+            frames = np.zeros((len(actions), size, size, 3), np.uint8)
+            frames[:, size // 2 :] = (40 + 800 * moving).clip(0, 255).astype(np.uint8)[:, None, None, None]
+            if i in broken:
+                ee_pos[3] = np.nan
+            demo = data.create_group(f"demo_{i}")
+            demo["actions"] = actions
+            demo["obs/ee_pos"], demo["obs/gripper_states"], demo["obs/agentview_rgb"] = (
+                ee_pos,
+                gripper,
+                frames,
+            )
