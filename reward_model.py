@@ -2,13 +2,7 @@ r"""RPRM, the robotic process reward model (paper, section 3.4): a dense reward 
 
 The idea. LIBERO pays 1 at the end of an episode and 0 before, which is little to learn from. A vision-language model
 that has seen successful trajectories can tell earlier whether a step makes progress. The labels it learns from cost
-nothing, because manipulation has a rhythm that the robot itself measures:
-
-    gripper   open ________________                  ____________
-                                   \________________/                milestones: the gripper's opening changes
-    speed     /\    /\              /\       /\
-             /  \__/  \____________/  \_____/  \____                  keyframes: the hand comes to rest inside a segment
-    label     - + +  - + +         -  + +   - + +                    positive: the steps that lead to a keyframe
+nothing: pseudo_labels.py finds them in the rhythm of hand and gripper.
 
 The model is OpenVLA itself, started from the imitation policy and fine-tuned by next-token prediction (Eq. 3):
 
@@ -32,34 +26,15 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from pseudo_labels import LabelRule
 from support.cli import flag, parse_command
-
-
-@dataclass
-class LabelRule:
-    """Settings of the label rule. Times are in seconds, so that files at 20 Hz (official) and at 5 Hz (one row = 4 control
-    steps) get the same labels."""
-
-    gripper_change: float = flag(
-        0.01, "smallest swing of the gripper that ends a segment, m; less is noise", min=1e-4
-    )
-    gripper_still: float = flag(
-        0.03, "fingers slower than this have stopped, m/s: there a segment starts", min=1e-4
-    )
-    slip: float = flag(0.6, "a gripper change that is taken back within so many seconds is none", min=0.0)
-    near_zero: float = flag(0.2, "near-zero speed, as a fraction of the 90th percentile", min=0.0, max=1.0)
-    window: float = flag(0.6, "seconds before a keyframe that are positive, its own row included", min=0.0)
-    margin: float = flag(0.2, "seconds after a keyframe without label: they look like it", min=0.0)
-    smooth: float = flag(0.15, "seconds of moving average over the speed", min=0.0)
 
 
 @dataclass
 class DataArgs(LabelRule):
     demos: Path = flag(Path("data/libero_object"), "HDF5 file in LIBERO's layout, or a directory of them")
     limit: int | None = flag(None, "at most this many trajectories of each file of --demos", min=1)
-    skip: int = flag(
-        0, "leave out so many at the start of each file, such as those that were trained on", min=0
-    )
+    skip: int = flag(0, "leave out so many at the start of each file, such as those trained on", min=0)
 
     def rule(self):
         return LabelRule(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LabelRule)})
@@ -86,35 +61,29 @@ class RecordArgs:
 class TrainArgs(DataArgs):
     suite: str = flag("libero_object", "suite whose action statistics the policy's checkpoint is read with")
     policy: str = flag(
-        "checkpoints/libero_object/policy", "SFT checkpoint to start from (directory or hub id)"
+        "checkpoints/libero_object/policy", "SFT checkpoint to start from: directory or hub id"
     )
-    vlm: str | None = flag(
-        None,
-        "instead: a VLM of transformers (hub id or directory), by LoRA; of --policy only action statistics are used",
-    )
+    vlm: str | None = flag(None, "instead: a VLM of transformers, by LoRA; --policy gives action statistics")
     out: Path = flag(Path("runs/rprm"), "directory for the reward model")
     successes: Path | None = flag(None, "the same of the policy's own successes, used like demonstrations")
     failures: Path | None = flag(None, "HDF5 file or directory of failed trajectories: hard negatives")
-    epochs: int = flag(
-        2, "most passes over the training rows; the learning rate falls to zero over them", min=1
-    )
+    epochs: int = flag(2, "most passes over the training rows; the learning rate falls to 0", min=1)
     patience: int = flag(1, "stop after this many epochs without a better held-out loss", min=1)
     batch_size: int = flag(64, "rows per optimiser step", min=2)
     micro_batch_size: int | None = flag(
-        None, "rows per backward pass (memory only)", min=1, default="all; 4 with an adapter"
+        None, "rows per backward pass", min=1, default="all; 4 with an adapter"
     )
     lr: float = flag(5e-4, "peak learning rate of AdamW (7B: 1e-5; with an adapter: 1e-4)", min=0.0)
     lora_rank: int | None = flag(
-        None, "train an adapter of this rank on the frozen language model instead of all its weights, as 7B needs",
-        min=1, max=4096, default="all weights; 16 with --vlm",
-    )  # fmt: skip
-    action_dropout: float = flag(
-        0.3, "share of rows shown without action, for the state-only score", min=0.0, max=1.0
+        None,
+        "train an adapter of this rank, not all weights: for 7B",
+        min=1,
+        max=4096,
+        default="off; 16 with --vlm",
     )
+    action_dropout: float = flag(0.3, "share of rows shown without their action", min=0.0, max=1.0)
     held_out: float = flag(0.15, "share of trajectories kept for validation", min=0.01, max=0.9)
-    whole_vocabulary: bool = flag(
-        False, "Eq. 3 over all tokens, not over the two answers that the score compares"
-    )
+    whole_vocabulary: bool = flag(False, "Eq. 3 over all tokens, not over the two answers that are compared")
     device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(0, "seed of the split and of the batches", min=0, max=2**32 - 1)
 
@@ -142,7 +111,6 @@ if __name__ == "__main__":
 import itertools
 import json
 import math
-from collections import Counter
 
 import h5py
 import numpy as np
@@ -154,209 +122,11 @@ from models.answer import answer_token_ids, prior_of, score_of
 from models.lora import add_adapter, merge_adapter, save_adapter
 from models.vlm import VLM
 from policy import ACTION_DIM, OpenVLA, explain_out_of_memory, policy_convention
+from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
 from support.errors import UserError, main_guard
 from support.files import atomic_write, fingerprint, read_json, safe_name
 from support.metrics import auroc, average_precision, calibration, without_nan
 from support.quiet import progress_bar
-
-CONTROL_HZ = 20.0  # LIBERO's control steps per second
-STROKE = 0.08  # metres between the fingers of the open Panda gripper
-COMMAND_SPEED = 0.25  # m/s of the hand under a full translation command
-
-# --------------------------------------------------------------------------------------------------------------------
-# Pseudo labels: numpy only, no model
-# --------------------------------------------------------------------------------------------------------------------
-
-POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
-
-
-@dataclass
-class Labels:
-    """Result of the label rule for one trajectory of T rows. Arrays are empty when the trajectory cannot be used."""
-
-    labels: np.ndarray  # (T,) int8: POSITIVE, NEGATIVE or IGNORED
-    keyframes: list  # row indices
-    milestones: list  # rows at which a new segment starts (0 not included)
-    speed: np.ndarray  # (T,) m/s, smoothed; speed[t] is what the action of row t produced
-    openness: np.ndarray  # (T,) metres between the fingers
-    near: float  # the speed below which the hand counts as at rest, m/s
-    rate: float  # rows per second
-    problems: list  # names from PROBLEMS; empty for an ordinary trajectory
-    usable: bool  # may be trained on
-
-
-PROBLEMS = {
-    "too_short": "fewer than two rows: no speed (not used)",
-    "lengths_differ": "not one position for each action (not used)",
-    "not_finite": "NaN or infinity in position or actions (not used)",
-    "no_keyframe": "the hand never comes to rest: nothing positive (not used)",
-    "no_gripper_change": "one segment (used)",
-    "gripper_from_command": "no finite gripper measurement, the command stands in (used)",
-}
-
-
-def gripper_openness(actions, gripper_states=None):
-    """(openness (T,) in metres, measured: bool): from `obs/gripper_states` (T, 2), else from the command actions[:, 6].
-
-    Files of LIBERO write the command as -1 open, +1 close; it is scaled to the gripper's stroke so that one threshold
-    in metres serves both. The measurement is better: it sees the fingers stop on an object, and does not chatter.
-    """
-    if gripper_states is not None:
-        states = np.asarray(gripper_states, np.float64)
-        if states.shape == (len(actions), 2) and np.isfinite(states).all():
-            return states[:, 0] - states[:, 1], True
-    return (1.0 - np.asarray(actions, np.float64)[:, 6]) / 2.0 * STROKE, False
-
-
-def find_milestones(openness, change, still, hold):
-    """Rows at which the gripper has finished to close or to open.
-
-    openness (T,), change and still (per row) in metres, hold in rows -> row indices, increasing.
-
-    Hysteresis on the turning point. While closing we follow the smallest opening seen, while opening the largest; the
-    direction turns once the opening has moved by `change` away from that extreme. Noise smaller than `change` can never
-    turn it, wherever in the stroke it happens, whereas a bare threshold fires on every crossing (and a fixed pair of
-    thresholds would take a wide object, at which the fingers stop half open, for an open gripper).
-    The milestone is the row at which the fingers have then stopped (they move less than `still` in the next row), so
-    that the closing belongs to the segment that it completes, and its actions lead to that segment's end.
-    Not significant: an opening before the first closing, which is the hand getting ready after reset (we start as
-    "opening"), and a turn that is taken back within `hold` rows, which is a slip.
-    """
-    milestones, opening, arrived, extreme, turned = (
-        [],
-        True,
-        True,
-        openness[0],
-        False,
-    )  # arrived: where they last stopped
-    motion = np.append(np.abs(np.diff(openness)), 0.0)
-    for t, value in enumerate(openness):
-        extreme = max(extreme, value) if opening else min(extreme, value)
-        if abs(value - extreme) >= change:
-            opening, extreme, turned = not opening, value, True
-        if turned and motion[t] < still:
-            turned = False
-            if opening == arrived:  # they went back before they had stopped: nothing changed
-                continue
-            arrived = opening
-            if milestones and t - milestones[-1] < hold:
-                milestones.pop()
-            else:
-                milestones.append(t)
-    return milestones
-
-
-def find_keyframes(speed, milestones, near):
-    """Rows at which the hand comes to rest, inside each segment: local minima of the speed below `near`.
-
-    Rest, too, has hysteresis: once below `near`, the hand is at rest until it exceeds 2 x `near`. One stop gives one
-    keyframe, its arrival (the first minimum), and not one per wiggle, or hovering would be all keyframes. The stop at
-    which a segment ends gives a second, the last minimum: there the gripper acts, or the task is done. The stop that an
-    episode or a segment starts with gives none: no action led to it.
-    """
-    keyframes = []
-    bounds = [0, *milestones, len(speed)]
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        resting = True
-        arrival = last = None  # of the current stop
-        for t in range(start, end):
-            minimum = speed[t] < near and (t + 1 == end or speed[t] <= speed[t + 1])
-            if speed[t] > 2 * near:
-                resting, arrival, last = False, None, None
-            elif minimum and not resting:
-                keyframes.append(t)
-                resting, arrival = True, t
-            elif minimum and arrival is not None:
-                last = t
-        if last is not None:
-            keyframes.append(last)
-    return keyframes
-
-
-def label_trajectory(
-    actions, ee_pos, gripper_states=None, action_repeat=1, rule=LabelRule(), *, success=True, disturbed=False
-):
-    """Pseudo labels of section 3.4 for one trajectory.
-
-    actions (T, 7) in the file convention, ee_pos (T, 3) in metres, gripper_states (T, 2) or None; one row is
-    `action_repeat` control steps. Never raises for what a file may contain: `problems` says what was wrong.
-
-    disturbed: the actions are clean labels, but something else was executed (the recoveries in the demonstrations of
-    demos.py). The hand, pushed about, then never comes to rest, and the speed that the actions ask for takes the place
-    of the measured one.
-
-    A failed trajectory (success=False) has no positives. What the rule calls negative stays negative; a window before a
-    keyframe is a hard negative only in the last segment, the one whose milestone was never reached. Windows of earlier
-    segments may have been real progress (the object was grasped, then dropped), so they carry no label.
-    """
-    actions, ee_pos = np.asarray(actions, np.float64), np.asarray(ee_pos, np.float64)
-    rate, T = CONTROL_HZ / action_repeat, len(actions)
-    empty = np.zeros(0)
-
-    def unusable(problem):
-        return Labels(np.full(T, IGNORED, np.int8), [], [], empty, empty, 0.0, rate, [problem], False)
-
-    if T < 2:
-        return unusable("too_short")
-    if ee_pos.shape != (T, 3):
-        return unusable("lengths_differ")
-    if not (np.isfinite(actions).all() and np.isfinite(ee_pos).all()):
-        return unusable("not_finite")
-
-    if disturbed:
-        speed = np.linalg.norm(actions[:, :3], axis=1) * COMMAND_SPEED  # (T,) m/s
-    else:
-        steps = np.linalg.norm(np.diff(ee_pos, axis=0), axis=1) * rate  # (T - 1,) m/s
-        speed = np.append(steps, steps[-1])  # the last row's action has no successor in the file
-    width = max(1, round(rule.smooth * rate)) // 2 * 2 + 1  # odd, to be centred: 3 rows at 20 Hz, 1 at 5 Hz
-    padded = np.pad(speed, width // 2, mode="edge")
-    speed = np.convolve(padded, np.full(width, 1 / width), mode="valid")  # (T,)
-    near = rule.near_zero * float(np.percentile(speed, 90))
-
-    openness, measured = gripper_openness(actions, gripper_states)
-    milestones = find_milestones(openness, rule.gripper_change, rule.gripper_still / rate, rule.slip * rate)
-    keyframes = find_keyframes(speed, milestones, near)
-    problems = [] if measured else ["gripper_from_command"]
-    problems += [] if milestones else ["no_gripper_change"]
-    problems += [] if keyframes or not success else ["no_keyframe"]
-
-    window, margin = max(1, round(rule.window * rate)), round(rule.margin * rate)
-    labels = np.full(T, NEGATIVE, np.int8)
-    for k in keyframes:
-        labels[k + 1 : k + 1 + margin] = IGNORED
-    for k in keyframes:  # after all margins: leading to the next keyframe outweighs having just left one
-        labels[max(0, k + 1 - window) : k + 1] = POSITIVE
-    if not success:
-        last = milestones[-1] if milestones else 0
-        labels[:last][labels[:last] == POSITIVE] = IGNORED
-        labels[last:][labels[last:] == POSITIVE] = NEGATIVE
-    return Labels(
-        labels, keyframes, milestones, speed, openness, near, rate, problems, "no_keyframe" not in problems
-    )
-
-
-class LabelSummary:
-    """Counts what the label rule met, so that nothing is dropped in silence. `add` each result; `str()` is one line."""
-
-    def __init__(self):
-        self.trajectories, self.used, self.rows, self.problems = 0, 0, Counter(), Counter()
-
-    def add(self, result):
-        self.trajectories += 1
-        self.used += result.usable
-        self.problems.update(result.problems)
-        self.rows.update(result.labels.tolist() if result.usable else [])
-
-    def __str__(self):
-        found = [
-            f"{name} {self.problems[name]} ({text})" for name, text in PROBLEMS.items() if self.problems[name]
-        ]
-        return (
-            f"{self.used} of {self.trajectories} trajectories used; rows: {self.rows[POSITIVE]} positive, "
-            f"{self.rows[NEGATIVE]} negative, {self.rows[IGNORED]} without label; "
-            + ("; ".join(found) or "no problems")
-        )
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # From a score to a reward
@@ -407,48 +177,38 @@ class RPRM:
         self.token_ids = answer_token_ids(lambda text: [model.tokenizer.token_to_id(text)])
         self.prior, self.adapter = prior_of(info), None
         self.parameters = list(model.language_model.parameters())
-        embedding_bytes = (
-            2 * model.num_patches * model.text["hidden_size"]
-        )  # 12 kB each at the tiny size, 2 MB at 7B
-        self.keeps_frames = embedding_bytes > 256 * 256 * 3
+        # An embedding of a picture takes 12 kB in half precision at the tiny size, but 2 MB at 7B.
+        self.keeps_frames = 2 * model.num_patches * model.text["hidden_size"] > 256 * 256 * 3
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
         """What `save` wrote: a whole checkpoint, or an adapter, which is merged into the checkpoint that it names."""
         path = Path(directory) / "rprm.json"
         if not path.is_file():
-            raise UserError(
-                f"{directory} holds no rprm.json, so it is no reward model: give the --out of `train`"
-            )
+            raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give train's --out")
         info = read_json(path)
         if "vlm" in info:
             raise UserError(
-                f"{directory} is a tuned VLM; this needs an RPRM that was made from the policy (`train` without --vlm)"
+                f"{directory} is a tuned VLM; this needs an RPRM, made from the policy without --vlm"
             )
         if "adapter" not in info:
             return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), info)
         base = info["adapter"]["base"]
         model = OpenVLA.from_pretrained(base, dtype=dtype, device=device)
         if fingerprint(base) != info["adapter"]["fingerprint"]:
-            raise UserError(
-                f"{base} is not the policy that the adapter in {directory} was trained on: put that back"
-            )
+            raise UserError(f"{base} is not the policy that the adapter in {directory} was trained on")
         merge_adapter(model, directory)
         return cls(model, info)
 
     @torch.no_grad()
-    def score(
-        self, input_ids, attention_mask, action_tokens=None, *, pixel_values=None, patch_embeddings=None
-    ):
+    def score(self, input_ids, attention_mask, action_tokens=None, **images):
         """Score of the answer, (B,) float32 in [0, 1]: is this action (with None: this state) one of progress?
 
         input_ids, attention_mask (B, L) from `model.tokenize`; action_tokens (B, 7) int64 or None; one of pixel_values
         (B, 6, S, S) and patch_embeddings (B, P, d). Rows do not influence each other.
         """
-        images = dict(pixel_values=pixel_values, patch_embeddings=patch_embeddings)
-        return score_of(
-            self._logits(input_ids, attention_mask, action_tokens, self.token_ids, **images), self.prior
-        )
+        logits = self._logits(input_ids, attention_mask, action_tokens, self.token_ids, **images)
+        return score_of(logits, self.prior)
 
     def _logits(self, input_ids, attention_mask, action_tokens, token_ids, **images):
         """Next-token logits (B, len(token_ids)) after image + prompt + 7 action tokens.
@@ -457,10 +217,7 @@ class RPRM:
         for the tokens. Training shows this to a part of each batch, so one model gives both scores.
         """
         if action_tokens is None:
-            blank = self.token_ids[1]
-            action_tokens = torch.full(
-                (len(input_ids), ACTION_DIM), blank, dtype=torch.int64, device=input_ids.device
-            )
+            action_tokens = input_ids.new_full((len(input_ids), ACTION_DIM), self.token_ids[1])
         return self.model.text_after_actions_logits(
             input_ids, attention_mask, action_tokens, token_ids=token_ids, **images
         ).float()
@@ -468,7 +225,9 @@ class RPRM:
     def shares_vision(self, policy):
         """True when the OpenVLA `policy` computes the same patch embeddings, so that one vision pass can serve both in a
         rollout. `train` leaves the vision side of the SFT policy as it was, for this reason."""
-        mine, theirs = vision_state(self.model), vision_state(policy)
+        states = (model.state_dict().items() for model in (self.model, policy))
+        # Both towers and the projector.
+        mine, theirs = ({k: v for k, v in state if not k.startswith("language_model.")} for state in states)
         return mine.keys() == theirs.keys() and all(torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine)
 
     def score_frames(self, frames, instructions, actions=None):
@@ -530,11 +289,6 @@ class RPRM:
             atomic_write(Path(directory) / "rprm.json", text)
 
 
-def vision_state(model):
-    """The tensors that patch embeddings are made of: both towers and the projector."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith("language_model.")}
-
-
 @torch.no_grad()
 def embed_frames(model, frames, chunk=64):
     """(n, H, W, 3) uint8 upright -> (n, P, d) patch embeddings, a chunk at a time to bound the memory."""
@@ -545,17 +299,15 @@ def embed_frames(model, frames, chunk=64):
 def read_reward_model(path, dtype=torch.float32, device="cpu"):
     """An RPRM, a tuned VLM or else a stock VLM, each by its directory (VLM: or hub id), for frames and actions."""
     folder, config, info = Path(path), Path(path) / "config.json", Path(path) / "rprm.json"
-    hub_id = (
-        not folder.exists()
-        and not folder.is_absolute()
-        and len(folder.parts) == 2
-        and not folder.parent.is_dir()
-    )
-    is_stock = hub_id or (
-        not info.is_file() and config.is_file() and '"openvla"' not in config.read_text(errors="replace")
-    )
-    is_tuned = info.is_file() and "vlm" in read_json(info)
-    return (VLM if is_stock or is_tuned else RPRM).from_pretrained(path, dtype=dtype, device=device)
+    if info.is_file():
+        is_vlm = "vlm" in read_json(info)
+    elif config.is_file():
+        is_vlm = '"openvla"' not in config.read_text(errors="replace")
+    else:  # owner/name on the hub?
+        is_vlm = not (
+            folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parent.is_dir()
+        )
+    return (VLM if is_vlm else RPRM).from_pretrained(path, dtype=dtype, device=device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -574,18 +326,15 @@ def load_reward_model(path, policy, mode, dtype=torch.float32, device="cpu"):
     reward_model, policy_model = read_reward_model(path, dtype, device), policy.model
     if isinstance(reward_model, VLM):
         return RolloutScorer(reward_model, "frames", policy_model.action_tokenizer.levels)
-    own, its = (
-        (m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_model)
-    )
-    if own != its:
+    sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_model)]
+    if sizes[0] != sizes[1]:
         raise UserError(
-            f"{path} was trained from another model than the policy: their images or vocabularies differ"
+            f"{path} was trained from another model than the policy: images or vocabularies differ"
         )
     if not policy.vision_frozen:
         return RolloutScorer(reward_model, "pixel_values")
-    return RolloutScorer(
-        reward_model, "patch_embeddings" if reward_model.shares_vision(policy_model) else "frames"
-    )
+    shared = reward_model.shares_vision(policy_model)
+    return RolloutScorer(reward_model, "patch_embeddings" if shared else "frames")
 
 
 class RolloutScorer:
@@ -614,9 +363,8 @@ class RolloutScorer:
             last = self._score(rollout, torch.full((N,), T), torch.arange(N), False)
             next_scores = torch.cat([scores[1:], last[None]])
             for (t, n), final in rollout.final_observations.items():
-                next_scores[t, n] = self._score(
-                    rollout, torch.tensor([t]), torch.tensor([n]), False, final
-                ).item()
+                one = torch.tensor([t]), torch.tensor([n])
+                next_scores[t, n] = self._score(rollout, *one, False, final).item()
         return scores, next_scores
 
     def _score(self, rollout, t, n, with_action, final=None):
@@ -627,9 +375,7 @@ class RolloutScorer:
             instructions = [rollout.instructions[i][j] for i, j in zip(t.tolist(), n.tolist(), strict=True)]
             return torch.from_numpy(self.reward_model.score_frames(frames, instructions, actions)).float()
         device, mask = self.reward_model.model.device, rollout.attention_mask[t, n]  # (B, L)
-        longest = max(
-            int(mask.sum(1).max()), 1
-        )  # padding of longer prompts in other rows is not paid for here
+        longest = max(int(mask.sum(1).max()), 1)  # the padding of other rows' longer prompts is left out
         images = rollout.images[t, n] if final is None else final[1][None]
         return self.reward_model.score(
             rollout.input_ids[t, n, :longest].to(device), mask[:, :longest].to(device),
@@ -809,14 +555,8 @@ def read_trajectories(path, limit=None, success=True, skip=0):
         for demo in itertools.islice(read_demos(file), skip, None if limit is None else skip + limit):
             with h5py.File(file, "r") as handle:
                 disturbed = "executed_actions" in handle["data"][demo["name"]]
-            name = f"{Path(file).stem}_{demo['name']}"
-            yield {
-                **demo,
-                "name": name,
-                "frames": demo["agentview"],
-                "success": success,
-                "disturbed": disturbed,
-            }
+            more = {"frames": demo["agentview"], "success": success, "disturbed": disturbed}
+            yield {**demo, **more, "name": f"{Path(file).stem}_{demo['name']}"}
 
 
 def label(trajectory, rule):
@@ -848,12 +588,10 @@ def deciding(model, suite, temperature, seed):
 
     def decide(frames, instruction):
         input_ids, attention_mask = model.tokenize([instruction] * len(frames))
-        how = {
-            "temperature": temperature,
-            "generator": generator,
-            "patch_embeddings": embed_frames(model, frames),
-        }
-        tokens = model.generate_actions(input_ids, None, attention_mask, **how).tokens
+        images, how = embed_frames(model, frames), {"temperature": temperature, "generator": generator}
+        tokens = model.generate_actions(
+            input_ids, None, attention_mask, patch_embeddings=images, **how
+        ).tokens
         return tokens.cpu(), model.decode_actions(tokens, suite)
 
     return decide
@@ -868,14 +606,12 @@ def run_record(args):
     model = OpenVLA.from_pretrained(args.policy, device=args.device)
     if there := [args.out / kind for kind in ("success", "failure") if any((args.out / kind).glob("*.hdf5"))]:
         raise UserError(f"{there[0]} already holds recordings: choose another --out")
-    decide, counts = deciding(model, args.suite, args.temperature, args.seed), {"success": 0, "failure": 0}
-    for sim, _, runs in runs_by_task(
-        args.suite, task_ids, args.episodes_per_task, model.action_repeat, args.seed, decide
-    ):
+    decide, won, total = deciding(model, args.suite, args.temperature, args.seed), 0, 0
+    how = (args.episodes_per_task, model.action_repeat, args.seed, decide)
+    for sim, _, runs in runs_by_task(args.suite, task_ids, *how):
         write_runs(args.out, sim, runs, model.action_repeat)
-        for run in runs:
-            counts["success" if run["success"] else "failure"] += 1
-    print(f"{counts['success']} successes and {counts['failure']} failures in {args.out}")
+        won, total = won + sum(run["success"] for run in runs), total + len(runs)
+    print(f"{won} successes and {total - won} failures in {args.out}")
 
 
 def write_runs(directory, sim, runs, action_repeat):
@@ -903,9 +639,8 @@ def run_train(args):
     dtype = torch.bfloat16 if adapter and args.device == "cuda" else torch.float32
     if args.vlm:
         statistics = OpenVLA.from_pretrained(args.policy).action_statistics(args.suite)
-        reward_model = VLM.from_pretrained(args.vlm, dtype, args.device).add_adapter(
-            args.vlm, statistics, args.lora_rank or 16
-        )
+        reward_model = VLM.from_pretrained(args.vlm, dtype, args.device)
+        reward_model.add_adapter(args.vlm, statistics, args.lora_rank or 16)
     else:
         reward_model = RPRM(OpenVLA.from_pretrained(args.policy, dtype, args.device), {})
         if adapter:
@@ -965,7 +700,7 @@ def run_score(args):
             plot(args.plot, trajectory, result, scores)
     if not records:
         raise UserError(
-            f"{args.demos} has no trajectory after the first {args.skip} of each file; lower --skip"
+            f"{args.demos} has no trajectory after the first {args.skip} of each file: lower --skip"
         )
     scores, labels = (np.concatenate([r[key] for r in records]) for key in ("scores", "labels"))
     scores, labels = scores[labels != IGNORED], labels[labels != IGNORED] == POSITIVE

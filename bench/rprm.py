@@ -31,7 +31,8 @@ import torch
 
 from models.vlm import VLM
 from policy import OpenVLA
-from reward_model import CONTROL_HZ, MODES, deciding, read_reward_model, shaping_reward
+from pseudo_labels import CONTROL_HZ
+from reward_model import MODES, deciding, read_reward_model, shaping_reward
 from simulator.recording import play, runs_by_task
 from simulator.suites import check_task_ids
 from support.cli import flag
