@@ -23,7 +23,7 @@ done_already "$rprm/rprm.json" ||
   $PY reward_model.py train --suite "$SUITE" --demos "$OUT/data/$SUITE" --successes "$OUT/rollouts/success" \
     --failures "$OUT/rollouts/failure" --policy "$policy" --out "$rprm"
 done_already "$OUT/rprm-checks.json" ||
-  $PY reward_model.py evaluate --suite "$SUITE" --policy "$policy" --rprm "$rprm" --episodes-per-task 10 --seed 2 --json "$OUT/rprm-checks.json"
+  $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" --episodes-per-task 10 --seed 2 --out "$OUT/rprm-checks.json"
 for temperature in 1.0 0.6 0.0; do # eval.py continues by itself where it stopped
   $PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature $temperature --out "$OUT/eval-start-$temperature"
 done

@@ -24,7 +24,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("demos.py", "sft.py", "reward_model.py", "train.py", "eval.py")
 MODULES = ("bench", "support.report")  # python -m
 SUBCOMMANDS = {
-    "reward_model.py": ("label", "train", "score", "record", "evaluate"),
+    "reward_model.py": ("label", "train", "score", "record"),
     "-m support.report": ("page", "compare"),
     "-m bench": tuple(
         p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
