@@ -262,10 +262,10 @@ def test_an_adapter_learns_the_labels(tiny, examples, tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     held_out = rm.split(examples, 0.25, seed=0)
     best, history = rm.fit(
-        reward_model, examples.select(~held_out), examples.select(held_out), epochs=14, batch_size=32, micro_batch_size=8,
-        lr=1e-2, patience=14, action_dropout=0.2, whole_vocabulary=False, seed=0,
+        reward_model, examples.select(~held_out), examples.select(held_out), epochs=20, batch_size=32, micro_batch_size=16,
+        lr=2e-2, patience=20, action_dropout=0.2, whole_vocabulary=False, seed=0,
     )  # fmt: skip
-    assert best["auroc"] > 0.9 and best["nll"] < 0.8 * history[0]["nll"]
+    assert best["auroc"] > 0.9 and best["nll"] < 0.6 * history[0]["nll"]
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert changed and all("lora_" in name and name.startswith("language_model.") for name in changed)
 
