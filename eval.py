@@ -52,7 +52,6 @@ class Args:
     num_envs: int = _flag(8, "episodes that run at the same time", min=1)
     temperature: float = _flag(0.0, "of sampling; 0 picks the likeliest action token", min=0)
     whole_vocabulary: bool = _flag(False, "choose among all tokens, as officially, not only the 256 action tokens")
-    compile_decoding: bool = _flag(False, "compile what the action tokens after the first take (needs a C++ compiler)")
     seed: int = _flag(0, "of sampling at a temperature above 0", min=0, max=2**32 - 1)
     render: str | None = _flag(None, "simplified meshes (fast) or LIBERO's own",
                                default="exact where a GPU renders, else light", choices=("light", "exact"))
@@ -348,9 +347,6 @@ def main():
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = OpenVLA.from_pretrained(args.checkpoint, dtype=getattr(torch, dtype), device=device).eval()
     model.decode_actions(np.full((1, 7), model.action_tokenizer.first), args.suite)  # has statistics for this suite?
-
-    if args.compile_decoding:
-        model.compile_decoding()
 
     out = Path(args.out or f"runs/eval-{safe_name(args.checkpoint)}-{args.suite}")
     settings = dict(

@@ -71,14 +71,8 @@ from tqdm import tqdm
 import demos
 from envs import NUM_INIT_STATES, LiberoVecEnv
 from eval import evaluate
-from policy import (
-    OpenVLA,
-    build_tiny,
-    crop_and_normalize,
-    explain_out_of_memory,
-    policy_convention,
-    resize_frames,
-)
+from models.images import crop_and_normalize, resize_frames
+from policy import OpenVLA, build_tiny, explain_out_of_memory, policy_convention
 from simulator.suites import num_tasks
 from support.cli import parse_settings
 from support.errors import UserError, main_guard

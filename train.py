@@ -169,9 +169,6 @@ class Args:
     gradient_checkpointing: bool = _flag(
         False, "recompute activations in the backward pass: less memory, a third slower"
     )
-    compile_decoding: bool = _flag(
-        False, "compile what the action tokens after the first take; the first iteration waits for it (needs a C++ compiler)"
-    )
     # Curriculum and reward
     curriculum: str = _flag(
         "eq4",
@@ -455,9 +452,7 @@ def main():
                 "`reward_model.py train --policy …`, or use --lora-targets all"
             )
     if shard:  # now that its vision weights were compared
-        actor_critic.shard(device)
-    if args.compile_decoding:
-        actor_critic.compile_decoding()
+        actor_critic.shard(world)
     world.copy_from_first_([*actor_critic.policy_parameters(), *actor_critic.critic_parameters()])
     policy_optimizer = torch.optim.AdamW(actor_critic.policy_parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(
@@ -518,10 +513,6 @@ def main():
             world=world,
             in_step=shard,
         )
-
-    def start_policy():
-        """Context: the policy before any training."""
-        return actor_critic.without_adapters() if shard else contextlib.nullcontext(actor_critic.start_policy())
 
     # ---- state of the run --------------------------------------------------------------------------------------------
     image_kind = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
@@ -612,8 +603,7 @@ def main():
             wins, episodes, lengths, cut = 0, 0, [], 0
             final_images, final_frames, watched, film, ended_at = {}, {}, [], [], []
             filming = world.first and args.video_every and (iteration % args.video_every == 0 or iteration == 1)
-            if actor_critic.critic != "shared" and not shard:
-                actor_critic.merge_for_rollout()
+            actor_critic.merge_for_rollout()
 
             # Rollout: M decisions in each of N environments.
             obs = envs.observation()
@@ -761,7 +751,7 @@ def main():
             pace.append(time.time() - began)
             if args.eval_every and (iteration == 1 or iteration % args.eval_every == 0 and iteration < iterations):
                 # The start policy's turn is after the first iteration, so that the first update comes soon.
-                with start_policy() if iteration == 1 else contextlib.nullcontext(actor_critic.evaluation_model()) as model:
+                with actor_critic.start_policy() if iteration == 1 else contextlib.nullcontext(actor_critic.evaluation_policy()) as model:
                     result = measure(model, args.eval_episodes)
                 k, n = sum(e["success"] for e in result.episodes), len(result.episodes)
                 m.update({"eval/success_rate": k / n, "eval/successes": k, "eval/episodes": n})
@@ -781,16 +771,13 @@ def main():
             stop.check()
 
         # ---- before and after ------------------------------------------------------------------------------------------
-        trained = actor_critic.merge_policy() if shard else actor_critic.evaluation_model()
-        if world.first:
-            trained.save_pretrained(out / "policy")
+        actor_critic.save_policy(out / "policy")
         rows = {}
         if args.final_episodes:
             say(f"evaluating the start policy and the trained one, {args.final_episodes} test episodes each")
-            trained = actor_critic.evaluation_model() if shard else trained
-            with start_policy() as start:
+            with actor_critic.start_policy() as start:
                 rows["start"] = measure(start, args.final_episodes, out / "videos/start").to_dict()
-            rows["trained"] = measure(trained, args.final_episodes, out / "videos/trained").to_dict()
+            rows["trained"] = measure(actor_critic.evaluation_policy(), args.final_episodes, out / "videos/trained").to_dict()
         if rows and world.first:
             report.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
             atomic_write(out / "results.json", json.dumps(rows, indent=1))

@@ -21,7 +21,9 @@ import torch
 from bench.decode import OURS, compare
 from bench.model import choose_device, device_flag, load, observations
 from bench.update import rollout_buffer, updater
-from policy import LLAMA_DEFAULTS, TIMM_TOWERS, ActorCritic, OpenVLA, libero_words, tiny_tokenizer
+from models.checkpoints import LLAMA_DEFAULTS, TIMM_TOWERS
+from models.tiny import libero_words, tiny_tokenizer
+from policy import PROMPT, ActorCritic, OpenVLA
 from support.cli import flag
 from support.errors import UserError
 from support.files import atomic_write
@@ -91,7 +93,7 @@ def random_checkpoint(directory, config, dtype, device, max_shard_bytes=5_000_00
     unused(f"{pool}norm.weight", width)
     unused(f"{pool}norm.bias", width)
     # Words of LIBERO, with ids below 32,000: what train.py needs to go through all its motions.
-    model.side_files["tokenizer.json"] = tiny_tokenizer(libero_words()).to_str().encode()
+    model.side_files["tokenizer.json"] = tiny_tokenizer(libero_words(), PROMPT).to_str().encode()
     model.save_pretrained(directory, max_shard_bytes)
 
 
@@ -187,7 +189,7 @@ def measure(args):
             parameters = sum(p.numel() for p in actor_critic.parameters() if p.requires_grad)
             entry["note"] = f"{parameters / 1e6:.1f} M trained parameters"
         with stage(report, "merge for rollouts", args, device):
-            merged = actor_critic.merge_for_rollout()
+            merged = actor_critic.evaluation_policy()
         with stage(report, f"rollout steps of {N} environments", args, device) as entry, torch.no_grad():
             ids, mask, pixels = observations(model, N)
             parts = {
@@ -212,14 +214,14 @@ def measure(args):
             ("language", False),
             ("all", False),
         ):
-            model = actor_critic.start_policy()
+            model = actor_critic.base_policy()
             del actor_critic, merged
             gc.collect()
             label = f"update, {targets} layers" + (", checkpointing" if checkpointing else "")
             with stage(report, label, args, device) as entry:
                 model.gradient_checkpointing = checkpointing
                 actor_critic = ActorCritic(model, targets=targets)
-                merged = actor_critic.merge_for_rollout()  # in memory during updates, as in training
+                merged = actor_critic.evaluation_policy()  # in memory during updates, as in training
                 kind = "patch_embeddings" if targets == "language" else "pixel_values"
                 try:
                     buffer = rollout_buffer(actor_critic, model, args.samples, kind)

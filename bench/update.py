@@ -114,8 +114,8 @@ def measure(args):
     """All variants: two adapters on the language layers."""
     device, dtype, name = choose_device(args.device)
     actor_critic = ActorCritic(load(args.model, device, dtype), targets="language")
-    model = actor_critic.start_policy()
-    plain = PlainActorCritic(model, actor_critic.lora_config.r, actor_critic.lora_config.lora_alpha)
+    model = actor_critic.base_policy()
+    plain = PlainActorCritic(model, actor_critic.policy.config.r, actor_critic.policy.config.lora_alpha)
     # One rollout in two forms: what the towers made of the pictures, or the pictures themselves.
     cached, pixels = (
         rollout_buffer(actor_critic, model, args.samples, kind)

@@ -77,14 +77,15 @@ def update(world, name, shard=False):
     targets, critic, settings = UPDATES[name]
     actor_critic = model(targets, critic)
     if shard:
-        actor_critic.shard(world.device)
+        actor_critic.shard(world)
     optimizers = Recorder(actor_critic.policy_parameters()), Recorder(actor_critic.critic_parameters())
     buffer = rollout(actor_critic, world.share(N))
     cfg = PPOConfig(temperature=1.0, epochs=2, minibatch_size=8, micro_batch_size=3, value_clip=0, **settings)
     metrics = ppo_update(actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), world)
     weights = [*actor_critic.policy_parameters(), *actor_critic.critic_parameters()]
-    merged = {name: p.detach() for name, p in actor_critic.merge_policy().named_parameters()}
-    with torch.no_grad(), actor_critic.without_adapters() as start:
+    base = actor_critic.policy.base_tensors()
+    merged = {name: actor_critic.policy.merged(name, base[name]).detach() for name in base}
+    with torch.no_grad(), actor_critic.start_policy() as start:
         ids, mask = start.tokenize(["pick milk"])
         before = start.prompt_state(ids, mask, pixel_values=torch.ones(1, 6, 32, 32))
     return {

@@ -370,10 +370,10 @@ def test_sizes_of_openvla_tiny():
     import torch
 
     import policy
+    from models.tiny import tiny_config, tiny_tokenizer
 
-    config = policy.tiny_config(
-        words=[f"word{i}" for i in range(100)]
-    )  # about as many as LIBERO's instructions have
+    words = [f"word{i}" for i in range(100)]  # about as many as LIBERO's instructions have
+    config = tiny_config(tiny_tokenizer(words, policy.PROMPT))
     first, second = config["vision_configs"]
     text = config["text_config"]
     ((_, parameters, *_),) = table_rows(r"parameters \(computed\)")

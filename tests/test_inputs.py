@@ -467,10 +467,11 @@ def test_hostile_task_texts_stay_inside_the_output_directory(tmp_path, text):
     assert written == {inside / "libero_object", tmp_path / "plots"}
 
 
-def test_weights_with_nan_load_and_are_left_to_the_numerics_check(checkpoint, tmp_path):
-    """Not a matter of the file format: training names the quantity (tests/test_faults.py)."""
+def test_weights_with_nan_load_and_are_refused_where_they_decide(checkpoint, tmp_path):
+    """Not a matter of the file format. In updates, training names the quantity (tests/test_faults.py)."""
     shutil.copytree(checkpoint, tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors = {k: torch.full_like(v, float("nan")) for k, v in tensors.items()}
     save_file(tensors, tmp_path / "m" / "model.safetensors")
-    use_checkpoint(tmp_path / "m")
+    with pytest.raises(UserError, match="log-probabilities are not finite"):
+        use_checkpoint(tmp_path / "m")

@@ -64,7 +64,7 @@ def test_update_compares_equal_log_probs():
     ours = ActorCritic(
         model.load(CHECKPOINT, "cpu", torch.float32), 4, 4, targets="language", whole_vocabulary=True
     )
-    start = ours.start_policy()
+    start = ours.base_policy()
     plain = update.PlainActorCritic(start, 4, 4)
     ids, mask, pixels = model.observations(start, 3)
     tokens, log_probs, _ = ours.act(ids, mask, pixel_values=pixels, temperature=1.5)

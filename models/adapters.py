@@ -1,0 +1,140 @@
+"""LoRA adapters on a frozen OpenVLA: W + scaling x B A in place of every weight W that has one (peft's layers and file format).
+
+One frozen backbone can carry several adapters, of which one is active at a time. An `Adapter` is the backbone seen through one of them.
+"""
+
+import hashlib
+import warnings
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from models.sharding import whole_tensor
+from support.errors import UserError
+
+# Full-match patterns over module names. (A list of suffixes would also catch `patch_embed.proj`, a convolution.)
+LORA_TARGETS = {
+    "all": r".*(attn\.qkv|attn\.proj|mlp\.fc[12]|projector\.fc[123]|[qkvo]_proj|gate_proj|up_proj|down_proj)",
+    "language": r"language_model\..*([qkvo]_proj|gate_proj|up_proj|down_proj)",
+}
+
+
+class Adapter:
+    """`model` with an adapter of its own, under `name`. Adding it leaves the frozen weights and other adapters as they are.
+
+    Adapters stay float32 on a bfloat16 backbone: at a learning rate of 2e-5 an Adam step is smaller than bfloat16's rounding.
+    """
+
+    def __init__(self, model, name, config):
+        from peft import (
+            inject_adapter_in_model,
+        )  # not at the top: it takes seconds to import, and only training needs it
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are the point here
+            inject_adapter_in_model(config, model, name)
+        self.model, self.name, self.config = model, name, config
+        self.layers = {k: module for k, module in model.named_modules() if hasattr(module, "lora_A")}
+        for parameter in self.named_parameters().values():
+            parameter.data = parameter.data.float()
+        model.active_adapter = None  # peft has just chosen one itself
+
+    def named_parameters(self):
+        """{plain tensor name: parameter} of this adapter."""
+        return {
+            name.replace(f".{self.name}.", "."): p
+            for name, p in self.model.named_parameters()
+            if "lora_" in name and f".{self.name}." in name
+        }
+
+    def activate(self):
+        """The backbone with this adapter switched on, and every other one off."""
+        if self.model.active_adapter != self.name:
+            for layer in self.layers.values():
+                layer.set_adapter(self.name)
+            self.model.active_adapter = self.name
+            self._keep_trainable()
+        return self.model
+
+    def switch_all(self, on):
+        """Switch every adapter of the backbone off, and back on again."""
+        for layer in self.layers.values():
+            layer.enable_adapters(on)
+        self._keep_trainable()
+
+    def _keep_trainable(self):
+        # peft freezes the adapter that it switches off. Gradients that are still to come would be dropped without a word.
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def base_tensors(self):
+        """{plain tensor name: frozen parameter} of the backbone."""
+        return {
+            k.replace(".base_layer.", "."): p for k, p in self.model.named_parameters() if "lora_" not in k
+        }
+
+    @torch.no_grad()
+    def merged(self, name, base):
+        """The tensor `name` of a plain model that behaves as this adapter does: `base` + scaling x B A where there is an adapter.
+
+        A new tensor, instead of peft's merge and unmerge in place: in bfloat16 W + D - D is not W, and a backbone that drifts with
+        every rollout would drift the critic too. A sharded tensor is gathered into host memory; all ranks must call this then.
+        """
+        weight, layer = whole_tensor(base), self.layers.get(name.removesuffix(".weight"))
+        if layer is None or not name.endswith(".weight"):
+            return weight
+        return (weight.float() + layer.get_delta_weight(self.name).to(weight.device).float()).to(weight.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def base_fingerprint(model):
+    """Tells the weights of two models of one shape apart, whatever file or device they are on: a hash over some numbers of each matrix.
+    None for a model without values (device "meta")."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            return None
+        if p.ndim > 1:
+            sample = p.detach().flatten()[:: max(1, p.numel() // 16)].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(directory, adapter, fingerprint):
+    """Write an adapter in peft's format (which reads it on the official model too), with the fingerprint of its base."""
+    directory.mkdir()
+    adapter.config.save_pretrained(directory)
+    tensors = {f"base_model.model.{name}": p.detach().cpu() for name, p in adapter.named_parameters().items()}
+    save_file(
+        tensors, directory / "adapter_model.safetensors", {"base": fingerprint} if fingerprint else None
+    )
+
+
+def read_tensors_for(path, parameters, fingerprint=None):
+    """[(parameter, tensor)] for {name: parameter} from a safetensors file. Changes nothing.
+
+    fingerprint: of the base that the parameters stand on; a file from before fingerprints were stored is believed.
+    Raises UserError if the file is missing, damaged, does not fit, or belongs to another base.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            base = (file.metadata() or {}).get("base")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(f"{path} was saved with another LoRA rank, other LoRA targets or another model size")
+    if None not in (base, fingerprint) and base != fingerprint:
+        raise UserError(
+            f"{path} was trained on other weights than these: give the checkpoint that its run started from (not the policy that it "
+            "was merged into, which would have it twice)"
+        )
+    return [(parameters[name], tensor) for name, tensor in tensors.items()]

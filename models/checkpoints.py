@@ -1,0 +1,343 @@
+"""OpenVLA's checkpoints in the official layout: what config.json may say, which files there are, reading and writing them.
+
+config.json                        sizes, action bins, action statistics (norm_stats)
+model-0000k-of-0000n.safetensors   weights, under the official tensor names, with model.safetensors.index.json; or model.safetensors
+dataset_statistics.json            of a fine-tuned checkpoint: its action statistics, which override those of config.json
+tokenizer.json, *.py, ...          `SIDE_FILES`: read as they are, written as they were
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from support.errors import UserError
+from support.files import read_json, sync_directory
+
+# The official config.json leaves these out: they are transformers 4.40.1's Llama defaults and timm's model definitions.
+LLAMA_DEFAULTS = dict(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
+    rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, pad_token_id=32000,
+)  # fmt: skip
+TIMM_TOWERS = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=14,
+        image_size=224, num_register_tokens=4,
+    ),
+    "vit_so400m_patch14_siglip_224": dict(
+        hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304, patch_size=14,
+        image_size=224, num_register_tokens=0,
+    ),
+}  # fmt: skip
+# What belongs to an official checkpoint besides config and weights; saving brings along what loading found.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "preprocessor_config.json", "generation_config.json", "configuration_prismatic.py", "modeling_prismatic.py",
+    "processing_prismatic.py",
+)  # fmt: skip
+MAX_SHARD_BYTES = 5_000_000_000
+ACTION_DIM = 7
+
+# --------------------------------------------------------------------------------------------------------------------
+# config.json
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def tower_sizes(config):
+    """Sizes of the two vision towers: `vision_configs` of openvla-tiny, else timm's of the models named."""
+    if "vision_configs" in config:
+        return config["vision_configs"]
+    for name in (names := config.get("timm_model_ids", [])):
+        if name not in TIMM_TOWERS:
+            raise UserError(
+                f"config.json: no sizes for vision tower {name!r}; known: {', '.join(TIMM_TOWERS)}"
+            )
+    return [TIMM_TOWERS[name] for name in names]
+
+
+def check_config(config):
+    """Raise UserError unless every number that the model relies on is there and possible. (A number of layers that is a
+    typing error would otherwise be built, layer by layer, until the memory is full.)"""
+
+    def whole(table, name, low, high, default=None):
+        value = table.get(name, default)
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(f"config.json: {name} is {value!r}, not a whole number from {low} to {high}")
+        return value
+
+    def transformer(table):
+        width, heads = whole(table, "hidden_size", 1, 2**16), whole(table, "num_attention_heads", 1, 2**10)
+        whole(table, "num_hidden_layers", 1, 1000), whole(table, "intermediate_size", 1, 2**18)
+        if width % (2 * heads):
+            raise UserError(
+                f"config.json: {heads} attention heads do not divide the width {width} into even parts"
+            )
+
+    towers, text = tower_sizes(config), config.get("text_config", {})
+    if (
+        not isinstance(towers, list)
+        or len(towers) != 2
+        or not all(isinstance(x, dict) for x in [*towers, text])
+    ):
+        raise UserError(
+            "config.json is not an OpenVLA configuration: two vision towers and a text_config are expected"
+        )
+    for tower in towers:
+        transformer(tower)
+        (
+            whole(tower, "patch_size", 1, whole(tower, "image_size", 1, 4096)),
+            whole(tower, "num_register_tokens", 0, 1000),
+        )
+    if len({(t["image_size"], t["image_size"] // t["patch_size"]) for t in towers}) != 1:
+        raise UserError("config.json: the two vision towers need the same image size and number of patches")
+    text = {**LLAMA_DEFAULTS, **text}
+    transformer(text)
+    if text.get("num_key_value_heads", text["num_attention_heads"]) != text["num_attention_heads"]:
+        raise UserError("config.json: grouped key-value heads are not supported (OpenVLA's Llama 2 has none)")
+    vocabulary = whole(text, "vocab_size", 1, 2**24)
+    whole(text, "max_position_embeddings", 1, 2**20), whole(text, "pad_token_id", 0, vocabulary - 1)
+    whole(config, "n_action_bins", 2, vocabulary - whole(config, "pad_to_multiple_of", 0, vocabulary))
+    whole(config, "suffix_token_id", 0, vocabulary - 1, 29871), whole(config, "action_repeat", 1, 1000, 1)
+    for name in ("rms_norm_eps", "rope_theta"):
+        if not isinstance(text[name], (int, float)) or not 0 < text[name] < math.inf:
+            raise UserError(f"config.json: {name} is {text[name]!r}, not a positive number")
+    if not isinstance(config.get("norm_stats", {}), dict):
+        raise UserError("config.json: norm_stats is no table")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_checkpoint(path):
+    folder = Path(path)
+    if not folder.is_dir():
+        if (
+            len(folder.parts) != 2
+            or folder.is_absolute()
+            or str(path).startswith(".")
+            or folder.parent.is_dir()
+        ):
+            raise UserError(
+                f"no checkpoint at {path}: not a directory (nor a hub id such as openvla/openvla-7b)"
+            )
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.py", "*.txt", "*.model"]
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=patterns))
+        except (
+            Exception
+        ) as error:  # the hub client raises many kinds; each means "not available", and says why
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"no directory {path} here, and the model hub did not give it: {reason}"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a checkpoint: it has no config.json")
+    return folder
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint, sorted. Raises UserError if one that the index names is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+        names = list(files.values()) if isinstance(files, dict) else []
+        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise UserError(f"{index}: weight_map must name files of this directory")
+    for name in (names := sorted(set(names))):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: the weights file {name} is missing")
+    return [folder / name for name in names]
+
+
+def read_tensors(folder, shapes):
+    """Yield (name, tensor) of every tensor in a checkpoint, one at a time. A tensor is the mapped file: copy what you keep.
+
+    shapes: {name: shape} of those that must be there. Raises UserError for a damaged file, another shape, a missing tensor.
+    """
+    missing = set(shapes)
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    tensor = file.get_tensor(name)
+                    if name in shapes and tensor.shape != shapes[name]:
+                        raise UserError(
+                            f"{path}: {name} has shape {tuple(tensor.shape)}, but config.json implies {tuple(shapes[name])}"
+                        )
+                    missing.discard(name)
+                    yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read (truncated?): {error}; get it again") from error
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} tensors are missing from the weights, the first is {min(missing)}"
+        )
+
+
+def read_side_files(folder):
+    """{name: bytes} of those of SIDE_FILES that are there."""
+    return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+
+
+def read_tokenizer(data, vocab_size, prompt):
+    """The tokenizer of a tokenizer.json (bytes, None where the checkpoint has none), tried on `prompt`."""
+    if data is None:
+        raise UserError("the checkpoint directory has no tokenizer.json, so instructions cannot be tokenized")
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+        tokenizer.no_padding()  # a file may ask for either; OpenVLA.tokenize pads, behind the suffix token
+        tokenizer.no_truncation()
+        tokenizer.encode_batch([prompt])
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"the checkpoint's tokenizer.json cannot be used: {error}") from error
+    if max(tokenizer.get_vocab().values(), default=0) >= vocab_size:
+        raise UserError("the checkpoint's tokenizer.json has more tokens than its config.json")
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Action statistics (norm_stats): which values the ends of the action bins stand for
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_norm_stats(folder, config):
+    """{key: {"action": {"q01", "q99", "mask"}}}: a fine-tuned checkpoint's own, else those of config.json."""
+    own = folder / "dataset_statistics.json"
+    return read_json(own) if own.is_file() else config.get("norm_stats", {})
+
+
+def find_statistics(norm_stats, suite, asked=None):
+    """The key of `norm_stats` that serves `suite`, or `asked` itself (`--unnorm-key`). Raises UserError if there is none.
+
+    In this order: the suite's name, with `_no_noops` behind it (official checkpoints use either), the same of the suite
+    that it is a variant of (libero_object for LIBERO-PRO's libero_object_swap), and the only entry there is.
+    """
+    candidates = [suite, f"{suite}_no_noops"] if asked is None else [asked]
+    if asked is None:
+        bases = {key.removesuffix("_no_noops") for key in norm_stats}
+        base = max((base for base in bases if suite.startswith(f"{base}_")), key=len, default=suite)
+        candidates += [base, f"{base}_no_noops"]
+    for key in candidates:
+        if key in norm_stats:
+            return key
+    if asked is None and len(norm_stats) == 1:
+        (key,) = norm_stats
+        print(
+            f"no action statistics for {suite} in this checkpoint; using the only ones there are, {key}",
+            file=sys.stderr,
+        )
+        return key
+    known = ", ".join(sorted(norm_stats)) or "none"
+    raise UserError(
+        f"no action statistics for {suite if asked is None else asked!r} in this checkpoint; it has: {known} (--unnorm-key chooses)"
+    )
+
+
+def read_statistics(norm_stats, key=None):
+    """(q01, q99, mask), each (7,), of the entry `key`, or of `key` with `_no_noops`; None: the only one."""
+    if key is None and len(norm_stats) == 1:
+        (key,) = norm_stats
+    key = key if key in norm_stats else f"{key}_no_noops"
+    if key not in norm_stats:
+        known = ", ".join(sorted(norm_stats)) or "none"
+        raise UserError(
+            f"no action statistics {key.removesuffix('_no_noops')!r} in this checkpoint; it has: {known}"
+        )
+    try:
+        entry = norm_stats[key]["action"]
+        low, high = np.array(entry["q01"], float), np.array(entry["q99"], float)
+        mask = np.array(entry.get("mask", np.ones(len(low))), bool)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the action statistics {key!r} cannot be read: {error!r}") from error
+    if not low.shape == high.shape == mask.shape == (ACTION_DIM,) or not np.isfinite([low, high]).all():
+        raise UserError(f"the action statistics {key!r} are not {ACTION_DIM} finite numbers each")
+    return low, high, mask
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(directory, config, sizes, tensor_of, side_files, max_shard_bytes=MAX_SHARD_BYTES):
+    """Write the official layout. Only one shard is ever in memory besides the model.
+
+    sizes: {tensor name: bytes}. tensor_of(name) -> tensor, called once for each, shard by shard. side_files: {name: bytes}.
+    """
+    shards = plan_shards(sizes, max_shard_bytes)
+    with replace_files(directory, stale=("model*.safetensors*", "dataset_statistics.json")) as part:
+        for file, names in shards.items():
+            save_file(
+                {name: tensor_of(name).detach().cpu().contiguous() for name in names},
+                part / file,
+                {"format": "pt"},
+            )
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for name, data in side_files.items():
+            (part / name).write_bytes(data)
+        (part / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def plan_shards(sizes, max_shard_bytes):
+    """{tensor name: bytes} -> {file name: [tensor names]}, each file at most `max_shard_bytes` (or one tensor)."""
+    shards, size = [[]], 0
+    for name in sorted(sizes):
+        if size and size + sizes[name] > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += sizes[name]
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+
+
+@contextlib.contextmanager
+def replace_files(directory, stale=()):
+    """Yield an empty directory beside `directory`; afterwards move everything in, config.json last, and drop what
+    else fits the stale patterns.
+
+    A full disk or a crash while writing gigabytes then leaves the old checkpoint as it was.
+    """
+    directory = Path(directory)
+    part = directory.with_name(directory.name + ".part")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield part
+        files = sorted(
+            (f for f in part.rglob("*") if f.is_file()), key=lambda file: file.name == "config.json"
+        )
+        for file in files:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        moved = {directory / file.relative_to(part) for file in files}
+        for file in files:
+            (directory / file.relative_to(part)).parent.mkdir(exist_ok=True)
+            os.replace(file, directory / file.relative_to(part))
+        for old in {old for pattern in stale for old in directory.glob(pattern)} - moved:
+            old.unlink()
+        sync_directory(directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write to {directory}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
