@@ -29,7 +29,7 @@ from gymnasium.vector.utils import batch_space
 
 from simulator.pool import WorkerPool, cores
 from simulator.shared import FRAME, NEW, NO_TASK, RANDOM_PLACEMENT, RANDOM_PROTOCOL_STATE
-from simulator.states import merge_states, pack_settings, split_state  # noqa: F401 (for who imports them from here)
+from simulator.states import merge_states, pack_settings, split_state
 from simulator.suites import check_task_ids, instructions
 from simulator.suites import max_steps as protocol_steps
 from support.errors import UserError
@@ -437,6 +437,8 @@ class LiberoVecEnv(VectorEnv):
         return final
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
+
+    merge_states, split_state = staticmethod(merge_states), staticmethod(split_state)  # those of several ranks
 
     _SAVED = ("agentview", "assignment", "task_id", "init_state", "steps", "idle", "eef_pos", "gripper")
 

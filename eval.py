@@ -26,13 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
+from envs import NUM_INIT_STATES, LiberoVecEnv
 from support import distributed
 from support.cli import parse_args
-from support.errors import main_guard, UserError
+from support.errors import UserError, main_guard
 from support.files import atomic_write, fingerprint, safe_name, write_film
 from support.quiet import progress_bar
 from support.statistics import wilson_interval
-from envs import NUM_INIT_STATES, LiberoVecEnv
 
 MAX_LOST = 3  # so often an episode may take its simulator down with it and is played again
 
@@ -86,6 +86,10 @@ class EvalResult:
             mean_steps=float(np.mean(steps)) if steps else None,
         )
 
+    def counts(self):
+        """(successes, episodes)"""
+        return sum(e["success"] for e in self.episodes), len(self.episodes)
+
     def rows(self):
         return [self.row(t) for t in sorted({e["task_id"] for e in self.episodes})] + [self.row()]
 
@@ -113,19 +117,20 @@ class EvalResult:
 
 def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=0.0,
              whole_vocabulary=False, seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None,
-             video=0, video_dir=None, progress=True, world=None, in_step=False):
+             video=0, video_dir=None, progress=True, ranks=None):
     """Run protocol states 0 to episodes_per_task - 1 of every task. Returns EvalResult.
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
     afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier
     call to keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first
     so many initial states.
-    world: distributed.World when several ranks share the work: each plays every size-th missing episode, has `num_envs /
+    ranks: distributed.Ranks when several ranks share the work: each plays every size-th missing episode, has `num_envs /
     size` environments of its own, and returns the episodes of all. in_step: the model is sharded, so that each of its
     forward passes needs all ranks: those that are done keep computing until the last one is.
     """
+    from simulator.devices import share_of_machine
     from simulator.suites import check_task_ids, instructions, max_steps
-    from policy import explain_out_of_memory
+    from support.errors import explain_out_of_memory
 
     task_ids = [int(t) for t in check_task_ids(suite, task_ids)]
     if not 1 <= episodes_per_task <= NUM_INIT_STATES:
@@ -133,14 +138,15 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     wanted = {(t, i) for t in task_ids for i in range(episodes_per_task)}
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
     result = EvalResult(suite, instructions(suite), list(kept))
-    rank, ranks = (world.rank, world.size) if world else (0, 1)
-    queue = deque(share_of_episodes(wanted - {(e["task_id"], e["init_state"]) for e in kept}, rank, ranks))
+    rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
+    in_step = model.needs_all_ranks
+    queue = deque(share_of_episodes(wanted - {(e["task_id"], e["init_state"]) for e in kept}, rank, size))
     if not queue and not in_step:
-        return _merged(result, kept, world)
+        return _merged(result, kept, ranks)
     if envs is None:
-        tasks, n = sorted({t for t, _ in queue}), min(max(1, num_envs // ranks), len(queue))
+        tasks, n = sorted({t for t, _ in queue}), min(max(1, num_envs // size), len(queue))
         envs = LiberoVecEnv(suite, n, tasks, action_repeat=model.action_repeat, render=render, progress=progress,
-                            **(world.simulators() if world else {}))
+                            **(share_of_machine(ranks) if ranks else {}))
         ready = contextlib.closing(envs)
     elif (envs.suite, envs.action_repeat) == (suite, model.action_repeat):
         ready = _borrowed(envs, max_steps(suite))
@@ -148,10 +154,10 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
         raise UserError(f"the environments play {envs.suite} with action repeat {envs.action_repeat}, "
                         f"the evaluation wants {suite} with {model.action_repeat}")
     decide = functools.partial(_decide, model, temperature, whole_vocabulary)
-    together = world.any if in_step else bool
+    together = ranks.any if in_step else bool
     with ready, explain_out_of_memory("lower --num-envs"):
         _play(envs, queue, result, decide, seed, on_episode, on_step, video, video_dir, progress, together)
-    return _merged(result, kept, world)
+    return _merged(result, kept, ranks)
 
 
 def share_of_episodes(missing, rank, ranks):
@@ -159,10 +165,10 @@ def share_of_episodes(missing, rank, ranks):
     return sorted(missing)[rank::ranks]
 
 
-def _merged(result, kept, world):
+def _merged(result, kept, ranks):
     """Episodes of all ranks; `kept` is known to each of them and counts once."""
-    if world:
-        played = world.gather(result.episodes[len(kept) :])
+    if ranks:
+        played = ranks.gather(result.episodes[len(kept) :])
         result.episodes = kept + [episode for part in played for episode in part]
     return result
 
@@ -332,18 +338,18 @@ class EpisodeLog:
 @distributed.ends_together
 def main():
     args = parse_args(Args, "Success rates of a policy under the LIBERO protocol.")
-    world = distributed.join()
+    ranks = distributed.join()
     import torch
 
+    from policy import OpenVLA
     from simulator.render import default_render
     from simulator.suites import check_task_ids, max_steps
-    from policy import OpenVLA
 
     check_task_ids(args.suite, args.task_ids)  # before the slow things
     args.render = args.render or default_render()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    device = "cpu" if args.device == "cpu" else world.device
+    device = "cpu" if args.device == "cpu" else ranks.device
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     model = OpenVLA.from_pretrained(args.checkpoint, dtype=getattr(torch, dtype), device=device).eval()
     model.decode_actions(np.full((1, 7), model.action_tokenizer.first), args.suite)  # has statistics for this suite?
@@ -355,26 +361,26 @@ def main():
         dtype=dtype, action_repeat=model.action_repeat, max_steps=max_steps(args.suite),
     )
     log, finished = None, None
-    if world.first:
+    if ranks.is_main_process:
         log = EpisodeLog(out / "episodes.jsonl", settings)
         log.absorb()
         finished = log.episodes
-    finished = world.gather(finished)[0]
-    log = log or EpisodeLog(out / f"episodes-rank{world.rank}.jsonl", settings)
-    if world.first and not args.json:
+    finished = ranks.gather(finished)[0]
+    log = log or EpisodeLog(out / f"episodes-rank{ranks.rank}.jsonl", settings)
+    if ranks.is_main_process and not args.json:
         print(f"{args.checkpoint} on {args.suite}, {device} {dtype}, render {args.render}; results in {out}")
     began = time.time()
     try:
         result = evaluate(
             model, args.suite, args.task_ids, args.episodes_per_task, args.num_envs, temperature=args.temperature,
             whole_vocabulary=args.whole_vocabulary, seed=args.seed, render=args.render, finished=finished,
-            on_episode=log.append, video=args.video, video_dir=out / "videos", progress=world.first, world=world,
+            on_episode=log.append, video=args.video, video_dir=out / "videos", progress=ranks.is_main_process, ranks=ranks,
         )
     except KeyboardInterrupt:
-        world.check_others()
+        ranks.check_others()
         print(f"finished episodes are in {log.path}; the same command goes on from there", file=sys.stderr)
         raise
-    if not world.first:
+    if not ranks.is_main_process:
         return
     log.absorb()
     summary = {"checkpoint": args.checkpoint, "settings": settings, "arguments": dataclasses.asdict(args)}

@@ -38,10 +38,9 @@ from models.adapters import LORA_TARGETS, Adapter, base_fingerprint, read_tensor
 from models.backbone import LlamaLayer, Projector, VisionTower, run_block
 from models.checkpoints import LLAMA_DEFAULTS, MAX_SHARD_BYTES, resolve_checkpoint
 from models.images import preprocess_images
-from models.memory import explain_out_of_memory
 from models.sharding import is_first_rank, move_whole_parameters, shard_backbone
 from models.tiny import draw_weights_, libero_words, tiny_config, tiny_tokenizer
-from support.errors import UserError
+from support.errors import UserError, explain_out_of_memory
 from support.files import read_json
 
 ACTION_DIM = 7

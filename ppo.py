@@ -1,6 +1,6 @@
 """Trajectory-level PPO on action tokens: storage of a rollout, advantages, losses, one update.
 
-The idea (Section 3.3 of the paper). A robot episode is a conversation: at every step the model reads an image and the
+The idea (section 3.3 of the paper). A robot episode is a conversation: at every step the model reads an image and the
 instruction and answers with 7 tokens, which are one action. To the environment only the whole answer exists, so PPO's
 unit is the *action*, not the token:
 
@@ -30,39 +30,17 @@ Left out: the KL penalty to the SFT policy, whose coefficient is 0 in the paper'
 weights.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from support.errors import UserError
+from support.distributed import ALONE
+from support.numerics import check_finite
 
 ACTION_TOKENS = 7  # xyz, roll-pitch-yaw, gripper: one token each
-
-
-class NumericsError(UserError):
-    """NaN or infinity where a number belongs. Raised before the optimiser step: the weights are the last good ones.
-
-    quantity: what was not finite ("reward", "log-prob", "policy loss", …).
-    indices: flat indices t * N + n of the transitions involved, or None when it is not tied to some.
-    """
-
-    def __init__(self, quantity, indices=None):
-        super().__init__(
-            f"{quantity} is not finite (NaN or infinity); the update was stopped before it reached the weights"
-        )
-        self.quantity = quantity
-        self.indices = indices
-
-
-def check_finite(quantity, tensor, indices=None):
-    """Raise NumericsError naming `quantity` unless every element of `tensor` is finite."""
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        if indices is None and tensor.dim() == 2:  # a (T, N) quantity of the whole rollout: say which transitions
-            indices = (~finite).flatten().nonzero().squeeze(1)
-        raise NumericsError(quantity, indices)
 
 
 @dataclass
@@ -72,14 +50,19 @@ class PPOConfig:
     temperature: float = 1.5  # of sampling; log-probs are taken at the same one
     epochs: int = 1  # passes over the rollout
     minibatch_size: int = 128  # transitions per optimiser step
-    micro_batch_size: int = 32  # transitions per forward and backward pass: memory only, no effect on the result
+    micro_batch_size: int = (
+        32  # transitions per forward and backward pass: memory only, no effect on the result
+    )
     clip: float = 0.2  # eps of Eq. 2
-    value_clip: float = 0.2  # how far one update may move a value estimate before its gradient stops; 0 = no clipping
+    value_clip: float = (
+        0.2  # how far one update may move a value estimate before its gradient stops; 0 = no clipping
+    )
     value_coef: float = 1.0  # weight of the value loss; matters only where critic and policy share parameters
     entropy_coef: float = 0.0  # bonus for entropy, in nats per action
     max_grad_norm: float = 1.0  # of policy and of critic, each
     target_kl: float | None = None  # stop training the policy in this update once approx_kl exceeds this
     normalize_advantages: bool = True
+    advantage_floor: float = 0.05  # in units of reward; see normalize_advantages
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,114 +70,138 @@ class PPOConfig:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class RolloutBuffer:
     """One rollout of T decisions in N environments: Algorithm 1's store (o, a, r, done, tokens, log-prob, V).
 
-    `store_decision` and `store_outcome` write step t; `finish` computes advantages; `ppo_update` reads. Tensors are
-    allocated once and reused by the next rollout. Everything lives on `device` of the buffer (the CPU by default) and
-    mini-batches move to the model's.
+    For each t, `store_observation` (o_t), `store_decision` (a_t) and `store_outcome` (what followed) are called in this
+    order; then `store_observation(T, …)` once more, `compute_advantages`, and `ppo_update` reads. Allocated once, on the CPU,
+    and overwritten by the next rollout; mini-batches move to the model's device.
 
-    Images are kept in the form that the model is fed: "patch_embeddings" (the projected features) where the vision
-    side is frozen, which saves the towers' forward pass in every epoch, else "pixel_values".
+    image_shape: of one observation as the model is fed it, under the keyword `image_kind`: "patch_embeddings" (P, d) where
+        the vision side is frozen, which saves the towers' forward pass in every epoch, else "pixel_values" (6, S, S).
+    frame_shape: of the camera's picture, kept for whoever looks at the rollout afterwards: a reward model, a film.
     """
 
-    num_steps: int  # T
-    num_envs: int  # N
-    image_shape: tuple  # of one observation: (P, d) for patch embeddings, (6, S, S) for pixel values
-    image_kind: str = "pixel_values"  # the keyword under which the actor-critic takes them
-    image_dtype: torch.dtype = torch.float32
-    device: str | torch.device = "cpu"
-
-    # Observation o_t, as the policy saw it.
-    images: Tensor = field(init=False)  # (T, N, *image_shape)
-    input_ids: Tensor = field(init=False)  # (T, N, L) int64, right-padded
-    attention_mask: Tensor = field(init=False)  # (T, N, L) int64, 0 = padding
-    # What the policy did.
-    action_tokens: Tensor = field(init=False)  # (T, N, 7) int64
-    token_log_probs: Tensor = field(init=False)  # (T, N, 7) of the sampled tokens under the behaviour policy
-    log_probs: Tensor = field(init=False)  # (T, N) Eq. 1: their sum
-    values: Tensor = field(init=False)  # (T, N) V(o_t) at the time of the rollout
-    # What the environment answered.
-    rewards: Tensor = field(init=False)  # (T, N) sparse reward + weight x RPRM score: the sum that PPO maximises
-    prm_scores: Tensor = field(init=False)  # (T, N) the RPRM's share before weighting, for the logs
-    terminated: Tensor = field(init=False)  # (T, N) bool: success
-    truncated: Tensor = field(init=False)  # (T, N) bool: time limit, or a worker that died
-    next_values: Tensor = field(init=False)  # (T, N) V of the observation that really followed step t
-    # Filled by finish().
-    advantages: Tensor = field(init=False)  # (T, N)
-    returns: Tensor = field(init=False)  # (T, N)
-
-    def __post_init__(self):
-        if self.image_kind not in ("pixel_values", "patch_embeddings"):
-            raise ValueError(f"image_kind is {self.image_kind!r}; pixel_values or patch_embeddings is expected")
-        T, N = self.num_steps, self.num_envs
-
-        def zeros(*shape, dtype=torch.float32):
-            return torch.zeros(T, N, *shape, dtype=dtype, device=self.device)
-
-        self.images = zeros(*self.image_shape, dtype=self.image_dtype)
-        self.input_ids = zeros(0, dtype=torch.long)  # grows to the longest prompt seen
-        self.attention_mask = zeros(0, dtype=torch.long)
-        self.action_tokens = zeros(ACTION_TOKENS, dtype=torch.long)
-        self.token_log_probs = zeros(ACTION_TOKENS)
-        self.log_probs, self.values, self.next_values = zeros(), zeros(), zeros()
-        self.rewards, self.prm_scores = zeros(), zeros()
-        self.terminated, self.truncated = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
-        self.advantages, self.returns = zeros(), zeros()
+    def __init__(self, num_steps, num_envs, image_shape, image_kind="pixel_values", image_dtype=torch.float32,
+                 frame_shape=(256, 256, 3)):  # fmt: skip
+        if image_kind not in ("pixel_values", "patch_embeddings"):
+            raise ValueError(f"image_kind is {image_kind!r}; pixel_values or patch_embeddings is expected")
+        T, N = self.num_steps, self.num_envs = num_steps, num_envs
+        self.image_kind = image_kind
+        # Observations o_0 ... o_T. Row T, the one after the last decision, is where values and rewards look ahead to.
+        self.frames = np.zeros((T + 1, N, *frame_shape), np.uint8)
+        self.instructions = [[""] * N for _ in range(T + 1)]
+        self.images = torch.zeros(T + 1, N, *image_shape, dtype=image_dtype)
+        self.input_ids = torch.zeros(
+            T + 1, N, 0, dtype=torch.long
+        )  # (T + 1, N, L), grows to the longest prompt seen
+        self.attention_mask = torch.zeros(
+            T + 1, N, 0, dtype=torch.long
+        )  # 1 = prompt, 0 = padding on the right
+        # What the policy did.
+        self.action_tokens = torch.zeros(T, N, ACTION_TOKENS, dtype=torch.long)
+        self.token_log_probs = torch.zeros(
+            T, N, ACTION_TOKENS
+        )  # of the sampled tokens under the behaviour policy
+        self.log_probs = torch.zeros(T, N)  # Eq. 1: their sum
+        self.values = torch.zeros(T, N)  # V(o_t) at the time of the rollout
+        # What the environment answered.
+        self.sparse_rewards = torch.zeros(T, N)  # 1 on success, else 0
+        self.rewards = torch.zeros(T, N)  # what PPO maximises: sparse + weight x RPRM
+        self.prm_scores = torch.zeros(T, N)  # the RPRM's, for the logs
+        self.terminated = torch.zeros(T, N, dtype=torch.bool)  # success
+        self.truncated = torch.zeros(T, N, dtype=torch.bool)  # time limit, or an episode that was lost
+        self.lost = torch.zeros(T, N, dtype=torch.bool)  # with its simulator: nobody's failure
+        self.task_ids = torch.zeros(T, N, dtype=torch.long)  # of the episode that decision t belonged to
+        self.episode_lengths = torch.zeros(T, N, dtype=torch.long)  # its control steps so far
+        # {(t, n): (frame, image)}: the last observation of an episode that was truncated at t; o_{t+1} is the next one's first.
+        self.final_observations = {}
+        # Filled by compute_advantages().
+        self.next_values = torch.zeros(T, N)  # V of the observation that really followed step t
+        self.advantages = torch.zeros(T, N)
+        self.returns = torch.zeros(T, N)
 
     @property
     def size(self):
         """Number of transitions, T * N."""
         return self.num_steps * self.num_envs
 
-    def store_decision(self, t, images, input_ids, attention_mask, action_tokens, token_log_probs, values, slots=slice(None)):
-        """Write o_t and a_t of the n environments `slots` (a slice; all by default): images (n, *image_shape), input_ids and
-        attention_mask (n, L) for any L, action_tokens and token_log_probs (n, 7), values (n,)."""
+    def store_observation(self, t, frames, instructions, input_ids, attention_mask, **images):
+        """Write o_t: frames (N, H, W, 3) uint8, N instructions; and as the model reads them: input_ids and attention_mask
+        (N, L) for any L, and the images (N, *image_shape) under the keyword `image_kind`."""
+        if t == 0:
+            self.final_observations = {}
         width = input_ids.shape[1]
-        if width > self.input_ids.shape[2]:  # a longer instruction than any so far; old rows get more padding
-            extra = width - self.input_ids.shape[2]
+        extra = width - self.input_ids.shape[2]
+        if extra > 0:  # a longer instruction than any so far; old rows get more padding
             self.input_ids = F.pad(self.input_ids, (0, extra))
             self.attention_mask = F.pad(self.attention_mask, (0, extra))
-        self.input_ids[t, slots], self.attention_mask[t, slots] = 0, 0  # the previous rollout's prompts may have been longer
-        self.input_ids[t, slots, :width] = input_ids
-        self.attention_mask[t, slots, :width] = attention_mask
-        self.images[t, slots] = images
-        self.action_tokens[t, slots] = action_tokens
-        self.token_log_probs[t, slots] = token_log_probs
-        self.log_probs[t, slots] = action_log_prob(token_log_probs)
-        self.values[t, slots] = values
+        self.input_ids[t], self.attention_mask[t] = (
+            0,
+            0,
+        )  # the previous rollout's prompts may have been longer
+        self.input_ids[t, :, :width], self.attention_mask[t, :, :width] = input_ids, attention_mask
+        self.frames[t], self.instructions[t], self.images[t] = (
+            frames,
+            list(instructions),
+            images[self.image_kind],
+        )
 
-    def store_outcome(self, t, rewards, terminated, truncated, final_values, prm_scores=None, slots=slice(None)):
-        """Write what followed a_t in the n environments `slots`, each (n,).
+    def store_decision(self, t, action_tokens, token_log_probs, values):
+        """Write a_t: action_tokens and token_log_probs (N, 7), and V(o_t) (N,)."""
+        self.action_tokens[t], self.token_log_probs[t] = action_tokens, token_log_probs
+        self.log_probs[t] = action_log_prob(self.token_log_probs[t])
+        self.values[t] = values
+
+    def store_final_observations(self, t, environments, frames, images):
+        """Keep the last observations of the episodes that were truncated at t, those of these environments (n,): frames
+        (n, H, W, 3) uint8, images (n, *image_shape)."""
+        for n, frame, image in zip(environments.tolist(), frames, images.cpu()):
+            self.final_observations[t, n] = frame, image
+
+    def store_outcome(
+        self, t, rewards, terminated, truncated, final_values, task_ids=0, episode_lengths=0, lost=False
+    ):
+        """Write what followed a_t, each (N,).
 
         final_values: V of the last observation of the episodes that were truncated at t; other entries are ignored.
         """
-        truncated = torch.as_tensor(truncated)
-        self.rewards[t, slots] = torch.as_tensor(rewards)
-        self.terminated[t, slots] = torch.as_tensor(terminated)
-        self.truncated[t, slots] = truncated
-        final_values = torch.as_tensor(final_values).to(self.rewards)
-        self.next_values[t, slots] = torch.where(truncated.to(self.device), final_values, 0.0)
-        self.prm_scores[t, slots] = 0.0 if prm_scores is None else torch.as_tensor(prm_scores)
+        for table, new in (
+            (self.sparse_rewards, rewards), (self.rewards, rewards), (self.terminated, terminated), (self.truncated, truncated),
+            (self.task_ids, task_ids), (self.episode_lengths, episode_lengths), (self.lost, lost),
+        ):  # fmt: skip
+            table[t] = torch.as_tensor(new)
+        self.next_values[t] = torch.where(
+            self.truncated[t], torch.as_tensor(final_values).to(self.rewards), 0.0
+        )
+        self.prm_scores[t] = 0.0
 
-    def finish(self, last_values, gamma, lam):
+    def compute_advantages(self, last_values, gamma, gae_lambda):
         """Complete next_values and compute advantages and returns.
 
-        last_values (N,): V of the observations after the last step, Algorithm 1's bootstrap value V_M. Where an
-        episode ended at the last step this is the next episode's first observation, and it is not used.
+        last_values (N,): V(o_T), Algorithm 1's bootstrap value V_M. Where an episode ended at the last step, o_T is the next
+        episode's first observation, and its value is not used.
         """
         following = torch.cat([self.values[1:], last_values.to(self.values)[None]])  # (T, N)
         # Where an episode went on, the observation after step t is the one that step t + 1 acted on. Where it ended,
         # values[t + 1] belongs to the next episode: keep what store_outcome wrote.
         ended = self.terminated | self.truncated
         self.next_values = torch.where(ended, self.next_values, following)
-        for quantity, tensor in (("reward", self.rewards), ("log-prob", self.log_probs), ("value", self.values)):
+        for quantity, tensor in (
+            ("reward", self.rewards),
+            ("log-prob", self.log_probs),
+            ("value", self.values),
+        ):
             check_finite(quantity, tensor)
         check_finite("value of the last observation", self.next_values)
         self.advantages, self.returns = compute_gae(
-            self.rewards, self.values, self.next_values, self.terminated, self.truncated, gamma, lam
+            self.rewards, self.values, self.next_values, self.terminated, self.truncated, gamma, gae_lambda
         )
+
+    def finished_episodes(self, first_env=0):
+        """[(t, environment, task id, success)] of the episodes that ended, but for those that were lost."""
+        ended = ((self.terminated | self.truncated) & ~self.lost).nonzero().tolist()
+        return [(t, first_env + n, int(self.task_ids[t, n]), bool(self.terminated[t, n])) for t, n in ended]
 
     def batch(self, indices, device):
         """Transitions with flat indices t * N + n, on `device`: (observation as keyword arguments of the actor-critic,
@@ -224,7 +231,7 @@ def action_log_prob(token_log_probs):
     return token_log_probs.sum(-1)
 
 
-def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam):
+def compute_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation over a rollout that holds pieces of many episodes.
 
     rewards, values, next_values: (T, N) float. values[t] = V(o_t); next_values[t] = V of the observation that really
@@ -233,7 +240,7 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam)
     Returns (advantages, returns), both (T, N), returns = advantages + values.
 
         delta_t = r_t + gamma V(o_{t+1}) [not terminated] - V(o_t)
-        A_t     = delta_t + gamma lam A_{t+1} [not terminated and not truncated]
+        A_t     = delta_t + gamma lambda A_{t+1} [not terminated and not truncated]
 
     The two brackets differ, and that is the whole point: after a time limit the future still has a value (first
     bracket), but the next row of the buffer is another episode (second bracket).
@@ -252,29 +259,28 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, lam)
     advantages = torch.zeros_like(delta)
     following = torch.zeros(shape[1:]).to(delta)  # (N,) A_{t+1}; beyond the rollout next_values stands for it
     for t in reversed(range(len(delta))):
-        following = delta[t] + gamma * lam * goes_on[t] * following
+        following = delta[t] + gamma * gae_lambda * goes_on[t] * following
         advantages[t] = following
     return advantages, advantages + values
 
 
-def normalize_advantages(advantages, reduce_sum=None):
-    """Advantages with mean 0 and standard deviation 1 over the whole rollout.
+def normalize_advantages(advantages, floor=0.0, ranks=ALONE):
+    """(advantages with mean 0 and standard deviation 1 over the whole rollout, that of all ranks; their deviation before).
 
     Over the rollout and not per mini-batch: with a sparse reward a mini-batch may hold no success at all, and scaling
     its noise to unit variance would make it as loud as the one that does.
-    reduce_sum: sums a tensor over all ranks in place (torch.distributed.all_reduce), so that every rank uses the
-    global mean and deviation; None on one process.
+    floor: the same for a whole rollout. Without any success, advantages are the critic's noise, and a policy that follows noise
+    as if it were reward decays. So what deviates by less than `floor` is divided by `floor`. In units of reward: one success
+    of reward 1 in 512 decisions makes a deviation of about 0.1.
     """
     x = advantages.double()
-    moments = torch.stack([torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.sum(), x.square().sum()])
-    if reduce_sum is not None:
-        reduce_sum(moments)
-    count, total, squares = moments
+    count = torch.tensor(float(x.numel()), dtype=x.dtype)
+    count, total, squares = ranks.sum_(torch.stack([count, x.sum(), x.square().sum()]))
     mean = total / count
     deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-    # All advantages equal (no reward yet, a constant critic): there is nothing to learn; 1e-8 keeps it 0 instead of
-    # NaN.
-    return ((x - mean) / (deviation + 1e-8)).to(advantages.dtype)
+    # 1e-8: where all advantages are equal (no reward, a constant critic), 0 and not NaN.
+    normalized = (x - mean) / (deviation.clamp_min(floor) + 1e-8)
+    return normalized.to(advantages.dtype), float(deviation)
 
 
 def policy_loss(log_probs, old_log_probs, advantages, clip):
@@ -313,19 +319,36 @@ def explained_variance(values, returns):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, train_policy, generator, world=None):
+def minibatches(T, N, size, generator):
+    """One epoch's mini-batches of a (T, N) rollout: flat indices t * N + n in tensors of about `size`.
+
+    Each environment's decisions are shuffled on their own, and each mini-batch takes the same number of every
+    environment's (at least one). It is as random as needed, and the same mini-batches result however the environments
+    are spread over processes. Equal parts instead of full ones and a rest: a last mini-batch of three samples would move
+    the weights as far as the others.
+    """
+    order = torch.stack(
+        [torch.randperm(T, generator=generator) for _ in range(N)], dim=1
+    )  # (T, N): decision t of n
+    count = min(T, math.ceil(T * N / size))
+    return [(t * N + torch.arange(N)).flatten() for t in order.tensor_split(count)]
+
+
+def ppo_update(
+    actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, train_policy, generator, ranks=ALONE
+):
     """One PPO update on a finished rollout (the last lines of Algorithm 1).
 
     actor_critic needs, for B transitions with the observation keywords of `RolloutBuffer.batch`:
         evaluate_actions(action_tokens=(B, 7), temperature=…, **observation) -> log_probs (B, 7), entropy (B, 7)
         value(**observation) -> (B,)
-        policy_parameters(), critic_parameters() -> iterables of parameters
+        policy_parameters(), critic_parameters() -> iterables of parameters (the latter may be empty: no critic)
     train_policy: False during critic warm-up, when only the critic learns, on rollouts of the imitation policy: a
         policy that follows the advantages of an untrained critic forgets what it knew (80.0 instead of 90.2 % in
         Table 2).
     generator: CPU torch.Generator of the mini-batch order; on every rank in the same state.
-    world: distributed.World when several ranks hold a part of the environments each (`buffer` is this rank's), or None.
-        Every rank draws the order of all environments and works on its own; losses are divided by the size of the whole
+    ranks: support.distributed.Ranks. Several ranks hold a part of the environments each (`buffer` is this rank's). Every
+        rank draws the order of all environments and works on its own; losses are divided by the size of the whole
         mini-batch and gradients are summed, so the update is the one that a single process would make.
 
     Policy and critic may share parameters. Those belong in `policy_parameters()`: both losses add to their gradient,
@@ -336,22 +359,21 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     """
     check_finite("advantage", buffer.advantages)
     check_finite("return", buffer.returns)
-    rank, ranks = (world.rank, world.size) if world else (0, 1)
-    advantages = buffer.advantages
-    if cfg.normalize_advantages:
-        advantages = normalize_advantages(advantages, world and world.sum_)
+    advantages, deviation = normalize_advantages(buffer.advantages, cfg.advantage_floor, ranks)
+    if not cfg.normalize_advantages:
+        advantages = buffer.advantages
     advantages = advantages.flatten()
     policy_parameters = list(actor_critic.policy_parameters())
     critic_parameters = list(actor_critic.critic_parameters())
-    device = critic_parameters[0].device
-    meters = {}
-    first_ratio_error = 0.0
-    policy_steps = 0
-    kl_stop = False
+    device = policy_parameters[0].device
+    meters = {}  # name -> (sum, count)
+    first_ratio_error, policy_steps, kl_stop = 0.0, 0, False
 
     for _ in range(cfg.epochs):
-        for whole in minibatches(buffer.num_steps, buffer.num_envs * ranks, cfg.minibatch_size, generator):
-            minibatch = own_part(whole, buffer.num_envs, rank, ranks)
+        for whole in minibatches(
+            buffer.num_steps, buffer.num_envs * ranks.size, cfg.minibatch_size, generator
+        ):
+            minibatch = ranks.own_part(whole, buffer.num_envs)
             policy_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.zero_grad(set_to_none=True)
             update_policy = train_policy and not kl_stop
@@ -359,26 +381,31 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
 
             for micro in minibatch.split(cfg.micro_batch_size):
                 observation, tokens, old_log_probs, old_values, returns = buffer.batch(micro, device)
-                # Each loss is a mean over the mini-batch: sums over micro-batches, divided by the size of the whole.
-                weight = 1 / len(whole)
+                weight = 1 / len(
+                    whole
+                )  # losses are sums over micro-batches, divided by the size of the mini-batch
 
-                # The policy's backward pass comes before the critic's forward pass: an actor-critic may switch
-                # adapters in place between the two, and only one graph has to fit in memory.
+                # Policy. Its backward pass comes before the critic's forward pass: an actor-critic may switch adapters
+                # in place between the two, and only one graph has to fit in memory.
                 if update_policy:
                     token_log_probs, token_entropy = actor_critic.evaluate_actions(
                         action_tokens=tokens, temperature=cfg.temperature, **observation
                     )
-                    log_probs, entropy = action_log_prob(token_log_probs), token_entropy.sum(-1)  # (B,), Eq. 1
+                    log_probs, entropy = (
+                        action_log_prob(token_log_probs),
+                        token_entropy.sum(-1),
+                    )  # (B,), Eq. 1
                     check_finite("log-prob", log_probs, micro)
-                    loss, ratio = policy_loss(log_probs, old_log_probs, advantages[micro].to(device), cfg.clip)  # Eq. 2
+                    loss, ratio = policy_loss(
+                        log_probs, old_log_probs, advantages[micro].to(device), cfg.clip
+                    )  # Eq. 2
                     total = (loss.sum() - cfg.entropy_coef * entropy.sum()) * weight
                     check_finite("policy loss", total, micro)
                     total.backward()
                     with torch.no_grad():
-                        log_ratio = log_probs - old_log_probs
-                        # E[(r - 1) - log r] estimates KL(old || new) without bias and is never negative (Schulman's
-                        # k3).
-                        kl = (ratio - 1 - log_ratio).sum()
+                        # E[(r - 1) - log r] estimates KL(old || new) without bias and is never negative
+                        # (Schulman's k3).
+                        kl = (ratio - 1 - (log_probs - old_log_probs)).sum()
                         minibatch_kl += float(kl) * weight
                         if policy_steps == 0:
                             first_ratio_error = max(first_ratio_error, float((ratio - 1).abs().max()))
@@ -387,18 +414,18 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
                         _add(meters, "losses/approx_kl", kl, len(micro))
                         _add(meters, "losses/clipfrac", ((ratio - 1).abs() > cfg.clip).sum(), len(micro))
 
-                values = actor_critic.value(**observation)  # (B,)
-                check_finite("value", values, micro)
-                loss = value_loss(values, old_values, returns, cfg.value_clip)
-                total = cfg.value_coef * loss.sum() * weight
-                check_finite("value loss", total, micro)
-                total.backward()
-                _add(meters, "losses/value_loss", loss.detach().sum(), len(micro))
+                if critic_parameters:
+                    values = actor_critic.value(**observation)  # (B,)
+                    check_finite("value", values, micro)
+                    loss = value_loss(values, old_values, returns, cfg.value_clip)
+                    total = cfg.value_coef * loss.sum() * weight
+                    check_finite("value loss", total, micro)
+                    total.backward()
+                    _add(meters, "losses/value_loss", loss.detach().sum(), len(micro))
 
-            if world:
-                if cfg.target_kl is not None and update_policy:  # all ranks decide alike
-                    minibatch_kl = float(world.sum_(torch.tensor(minibatch_kl, dtype=torch.float64)))
-                world.sum_gradients_([*policy_parameters, *critic_parameters])
+            if cfg.target_kl is not None and update_policy:  # all ranks decide alike
+                minibatch_kl = float(ranks.sum_(torch.tensor(minibatch_kl, dtype=torch.float64)))
+            ranks.sum_gradients_([*policy_parameters, *critic_parameters])
             # Trust region, second line of defence: the clip bounds what the loss rewards, not how far Adam walks.
             if update_policy and cfg.target_kl is not None and minibatch_kl > cfg.target_kl:
                 kl_stop, update_policy = True, False  # the critic goes on: regression needs no trust region
@@ -416,43 +443,17 @@ def ppo_update(actor_critic, buffer, policy_optimizer, critic_optimizer, cfg, tr
     # Free the gradients: the rollout that follows needs the memory and not them.
     policy_optimizer.zero_grad(set_to_none=True)
     critic_optimizer.zero_grad(set_to_none=True)
-    values, returns = buffer.values, buffer.returns
-    if world:
-        parts = world.gather((meters, first_ratio_error, values, returns))
-        meters = {name: tuple(map(sum, zip(*(part[0][name] for part in parts), strict=True))) for name in meters}
-        first_ratio_error = max(part[1] for part in parts)
-        values, returns = (torch.cat([part[k] for part in parts], dim=1) for k in (2, 3))
+    parts = ranks.gather((meters, first_ratio_error, buffer.values, buffer.returns))
+    meters = {name: tuple(map(sum, zip(*(part[0][name] for part in parts), strict=True))) for name in meters}
+    values, returns = (torch.cat([part[k] for part in parts], dim=1) for k in (2, 3))
     metrics = {name: total / count for name, (total, count) in meters.items()}
     metrics["losses/explained_variance"] = explained_variance(values, returns)
+    metrics["losses/advantage_std"] = deviation
     if train_policy:
-        metrics["losses/first_ratio_error"] = first_ratio_error
+        metrics["losses/first_ratio_error"] = max(part[1] for part in parts)
         metrics["losses/policy_steps"] = policy_steps
         metrics["losses/kl_stop"] = float(kl_stop)
     return metrics
-
-
-def minibatches(T, N, size, generator):
-    """One epoch's mini-batches of a (T, N) rollout: flat indices t * N + n in tensors of about `size`.
-
-    Each environment's decisions are shuffled on their own, and each mini-batch takes the same number of every
-    environment's (at least one). It is as random as needed, and the same mini-batches result however the environments
-    are spread over processes. Equal parts instead of full ones and a rest: a last mini-batch of three samples would move
-    the weights as far as the others.
-    """
-    order = torch.stack([torch.randperm(T, generator=generator) for _ in range(N)], dim=1)  # (T, N): decision t of n
-    count = min(T, -(-T * N // size))
-    return [(t * N + torch.arange(N)).flatten() for t in order.tensor_split(count)]
-
-
-def own_part(whole, num_envs, rank, ranks):
-    """A mini-batch over all environments -> this rank's decisions in it, as flat indices into its own rollout.
-
-    Every rank has num_envs environments, one after the other, and as mini-batches take the same number of decisions of
-    every environment, all ranks get parts of the same size: the same number of micro-batches, in step with each other.
-    """
-    t, n = whole // (num_envs * ranks), whole % (num_envs * ranks) - rank * num_envs
-    mine = (n >= 0) & (n < num_envs)
-    return t[mine] * num_envs + n[mine]
 
 
 def _add(meters, name, total, count):

@@ -121,9 +121,9 @@ from demos import demo_files, demo_path, read_demos, write_demos
 from models.answer import answer_token_ids, prior_of, score_of
 from models.lora import add_adapter, merge_adapter, save_adapter
 from models.vlm import VLM
-from policy import ACTION_DIM, OpenVLA, explain_out_of_memory, policy_convention
+from policy import ACTION_DIM, OpenVLA, policy_convention
 from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
-from support.errors import UserError, main_guard
+from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write, fingerprint, read_json, safe_name
 from support.metrics import auroc, average_precision, calibration, without_nan
 from support.quiet import progress_bar

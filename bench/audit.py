@@ -17,12 +17,13 @@ import numpy as np
 import train
 from envs import LiberoVecEnv
 from ppo import RolloutBuffer
+from support.cli import parse_args
 from support.files import atomic_write
 
 
 def audit_training(report):
     count, lengths, written = Counter(lost=0), {}, {}
-    step, store, finish = LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.finish
+    step, store, finish = LiberoVecEnv.step, RolloutBuffer.store_outcome, RolloutBuffer.compute_advantages
 
     def audited_step(self, actions):
         obs, reward, terminated, truncated, info = step(self, actions)
@@ -39,11 +40,11 @@ def audit_training(report):
         lengths["workers"] = self.worker_pids
         return obs, reward, terminated, truncated, info
 
-    def audited_store(self, t, *rest, slots=slice(None), **named):
+    def audited_store(self, t, *rest, **named):
         times = written.setdefault("now", np.zeros((self.num_steps, self.num_envs), int))
-        count["lost"] += int((times[:t, slots] != 1).sum())  # not in order
-        times[t, slots] += 1
-        return store(self, t, *rest, slots=slots, **named)
+        count["lost"] += int((times[:t] != 1).sum())  # not in order
+        times[t] += 1
+        return store(self, t, *rest, **named)
 
     def audited_finish(self, *rest):
         times = written.pop("now")
@@ -52,8 +53,8 @@ def audit_training(report):
         return finish(self, *rest)
 
     LiberoVecEnv.step = audited_step
-    RolloutBuffer.store_outcome, RolloutBuffer.finish = audited_store, audited_finish
-    train.main()
+    RolloutBuffer.store_outcome, RolloutBuffer.compute_advantages = audited_store, audited_finish
+    train.main(parse_args(train.Args, train.__doc__))
 
 
 if __name__ == "__main__":

@@ -92,11 +92,11 @@ def rollout_buffer(actor_critic, model, samples, image_kind, **kind):
         if buffer is None:
             buffer = RolloutBuffer(T, N, images.shape[1:], image_kind, image_dtype=images.dtype)
         tokens, log_probs, values = actor_critic.act(ids, mask, **{image_kind: images}, **kind)
-        stored = (images, ids, mask, tokens, log_probs, values)
-        buffer.store_decision(t, *(x.cpu() for x in stored))
+        buffer.store_observation(t, 0, [""] * N, ids, mask, **{image_kind: images})
+        buffer.store_decision(t, tokens, log_probs, values)
         ended = torch.zeros(N, dtype=torch.bool)
         buffer.store_outcome(t, torch.rand(N), ended, ended, torch.zeros(N))
-    buffer.finish(torch.zeros(N), 0.99, 0.95)
+    buffer.compute_advantages(torch.zeros(N), 0.99, 0.95)
     return buffer
 
 

@@ -40,7 +40,9 @@ def _number(kind, low, high):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole' if kind is int else 'a'} number"
+            ) from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         if low is not None and value < low:
@@ -115,7 +117,9 @@ def _add_flags(parser, args_class):
 
 def _build(args_class, namespace):
     try:
-        return args_class(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(args_class)})
+        return args_class(
+            **{field.name: getattr(namespace, field.name) for field in dataclasses.fields(args_class)}
+        )
     except ValueError as exc:  # a __post_init__ that refuses a combination of flags
         raise UserError(str(exc)) from None
 
@@ -149,10 +153,11 @@ def parse_command(commands, description, argv=None):
     return namespace.command, _build(commands[namespace.command][0], namespace)
 
 
-def parse_settings(args_class, settings, where):
+def parse_settings(args_class, settings, where, renamed=()):
     """Instance of `args_class` from a JSON object that an earlier run wrote, each value checked as its flag would be.
 
-    A setting that is absent (the file is older than the flag) takes its default. Raises UserError naming `where`.
+    A setting that is absent (the file is older than the flag) takes its default. One that exists no more is left out with a
+    warning. renamed: pairs (old name, new name). Raises UserError naming `where`.
     """
 
     class Parser(_Parser):
@@ -165,15 +170,21 @@ def parse_settings(args_class, settings, where):
     if not isinstance(settings, dict):
         raise UserError(f"{where}: no JSON object with settings")
     for name, value in settings.items():
-        if name not in hints or value is None and type(None) not in typing.get_args(hints[name]):
-            raise UserError(f"{where}: setting {name!r} = {value!r} is unknown here")
-        flag = name.replace("_", "-")
-        if value is None:
+        name = dict(renamed).get(name, name)
+        if name not in hints:
+            print(
+                f"warning: {_one_line(where)}: there is no setting {name!r} any more; left out",
+                file=sys.stderr,
+            )
+        elif value is None:
+            if type(None) not in typing.get_args(hints[name]):
+                raise UserError(f"{where}: setting {name!r} = None is not possible")
             nulls.append(name)
         elif isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
+            argv.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         else:
-            argv.append(f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            argv.append(f"--{name.replace('_', '-')}={text}")
     args = _build(args_class, parser.parse_args(argv))
     for name in nulls:
         setattr(args, name, None)

@@ -1,13 +1,13 @@
 """Many processes, one run: what `torchrun train.py` adds to a plain `python train.py`.
 
 Every process ("rank") runs the same script on its own device, owns a contiguous share of the environments, and holds the
-whole model. They meet in a handful of places, all of them a method of `World`: sums of gradients and statistics, and lists
+whole model. They meet in a handful of places, all of them a method of `Ranks`: sums of gradients and statistics, and lists
 of small objects. On one process each of these methods is the identity, so the script needs no second path.
 
 Who notices that a rank is gone? Not the collectives: gloo does at once, NCCL waits for its timeout, and a rank in the
 middle of a rollout asks nobody for minutes. A short timeout would not help either, because ranks legitimately wait long
 for each other (one evaluates while another has finished). So a thread of every rank leaves a heartbeat in torchrun's
-key-value store and watches those of the others; see `World._watch`. Collectives may then be as patient as they like.
+key-value store and watches those of the others; see `Ranks._watch`. Collectives may then be as patient as they like.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 from datetime import timedelta
+
+import numpy as np
 
 from support.errors import UserError
 
@@ -31,36 +33,32 @@ PATIENCE = timedelta(hours=2)  # of a collective
 MEETING = 600  # seconds until all ranks must have started
 
 
-class World:
+class Ranks:
     """This process among all. rank, size: global; local_rank, local_size: on this machine. device: "cpu", "cuda", "cuda:k".
 
     Methods raise UserError, naming the rank, when another one is gone; KeyboardInterrupt when it was stopped by a signal.
     """
 
-    def __init__(self):
-        import torch
-
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_size = (int(os.environ.get(f"LOCAL_{x}", y)) for x, y in
-                                            (("RANK", 0), ("WORLD_SIZE", 1)))
-        gpus = torch.cuda.device_count()
-        self.device = "cpu" if not gpus else "cuda" if self.size == 1 else f"cuda:{self.local_rank}"
+    def __init__(self, rank=0, size=1, local_rank=0, local_size=1, device="cpu"):
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.device = device
         self._ending = False
-        if self.size == 1:
-            return
-        if 0 < gpus < self.local_size:
-            raise UserError(f"torchrun started {self.local_size} processes here, but torch sees {gpus} GPUs: "
-                            f"--nproc-per-node {gpus}")
+
+    def _meet(self, backend):
+        """Find the other ranks through torchrun's store, and start to watch whether they live."""
         import torch.distributed as dist
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, when another rank died: not without a word
-        if gpus:
-            torch.cuda.set_device(self.local_rank)
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # torchrun's, when another rank died: not without a word
         try:
             store = self._agree(dist)
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpus else "gloo",
-                store=dist.PrefixStore("collectives", store), rank=self.rank, world_size=self.size, timeout=PATIENCE,
+                backend,
+                store=dist.PrefixStore("collectives", store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=PATIENCE,
             )
             # A client of its own, because the main thread may sit in a call to the other one.
             self._store = dist.PrefixStore("heartbeat", store.clone())
@@ -68,7 +66,9 @@ class World:
             self._beat()
             dist.barrier()
         except (RuntimeError, KeyError) as exc:
-            raise UserError(f"rank {self.rank} of {self.size} could not join the others: {_first_line(exc)}") from exc
+            raise UserError(
+                f"rank {self.rank} of {self.size} could not join the others: {_first_line(exc)}"
+            ) from exc
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -82,7 +82,9 @@ class World:
         rank 0, which torchrun has ended before it starts a new one, answers each word with the name of this start.
         """
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        ours = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # without torchrun, rank 0 serves
+        ours = (
+            self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        )  # without torchrun, rank 0 serves
         store, word = dist.TCPStore(*address, is_master=ours), os.urandom(8).hex()
         until = time.monotonic() + MEETING
 
@@ -110,37 +112,40 @@ class World:
     # ---- the collectives ---------------------------------------------------------------------------------------------
 
     @property
-    def first(self):
+    def is_main_process(self):
         """Is this the rank that writes files and speaks to the terminal?"""
         return self.rank == 0
 
+    def print0(self, *words, **options):
+        """`print` on the main process, nothing on the others."""
+        if self.is_main_process:
+            print(*words, **{"flush": True, **options})
+
     def share(self, n):
-        """This rank's contiguous part of n things, as a range. n must be divisible by the number of ranks."""
+        """This rank's contiguous part of n environments, as a range. n must be divisible by the number of ranks."""
         if n % self.size:
-            raise UserError(f"{n} environments cannot be spread evenly over {self.size} ranks: make --num-envs a "
-                            f"multiple of {self.size}")
+            raise UserError(
+                f"{n} environments cannot be spread evenly over {self.size} ranks: make --num-envs a multiple of {self.size}"
+            )
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
-    def simulators(self, num_workers=None, egl_devices=None):
-        """What LiberoVecEnv needs to know: this rank's share of the cores, and the EGL devices that it renders on.
+    def own_part(self, minibatch, num_envs):
+        """A mini-batch over all environments -> this rank's decisions in it, as flat indices into its own rollout.
 
-        egl_devices: those of this machine. By default a rank renders where it computes.
+        minibatch: flat indices t * (num_envs * size) + n. Every rank has `num_envs` environments, one after the other, and
+        as mini-batches take the same number of decisions of every environment, all ranks get parts of the same size: the
+        same number of micro-batches, in step with each other.
         """
-        if num_workers is None and self.local_size > 1:
-            num_workers = max(1, len(os.sched_getaffinity(0)) // self.local_size)
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        chosen = all(x.isdigit() for x in seen)  # else a single process leaves EGL the choice
-        if egl_devices is None and self.device.startswith("cuda") and (chosen or self.local_size > 1):
-            from simulator.render import num_egl_devices
+        t, n = minibatch // (num_envs * self.size), minibatch % (num_envs * self.size) - self.rank * num_envs
+        mine = (n >= 0) & (n < num_envs)
+        return t[mine] * num_envs + n[mine]
 
-            # EGL counts all GPUs of the machine, CUDA only those that it was told to see. And in a container there may be
-            # GPUs to compute on, and none that EGL knows: Mesa then draws on the CPU, for all ranks.
-            device = int(seen[self.local_rank]) if chosen else self.local_rank
-            egl_devices = [device] if device < num_egl_devices() else None
-        elif egl_devices is not None:
-            mine = egl_devices[self.local_rank :: self.local_size]
-            egl_devices = mine or [egl_devices[self.local_rank % len(egl_devices)]]
-        return dict(num_workers=num_workers, egl_devices=egl_devices)
+    def rows_in_step(self, rows, needed):
+        """`rows` (index array) to compute on. Where a forward pass needs all ranks (`needed`: the model is sharded) and another
+        rank has some, one that has none computes on row 0, whose result nobody uses."""
+        if needed and self.any(len(rows)) and not len(rows):
+            return np.array([0])
+        return rows
 
     def sum_(self, tensor):
         """Sum `tensor` over the ranks, in place, and return it."""
@@ -166,7 +171,7 @@ class World:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def copy_from_first_(self, parameters):
+    def broadcast_(self, parameters):
         """Overwrite `parameters` with rank 0's: equal seeds draw equal numbers only on equal machines."""
         if self.size > 1:
             import torch.distributed as dist
@@ -184,7 +189,7 @@ class World:
             return [obj]
         import torch.distributed as dist
 
-        objects = [None] * self.size if everywhere or self.first else None
+        objects = [None] * self.size if everywhere or self.is_main_process else None
         with self._in_contact():
             if everywhere:
                 dist.all_gather_object(objects, obj)
@@ -218,7 +223,11 @@ class World:
 
     def _silent(self, patience):
         """Ranks that give no sign of life for `patience` seconds from now, and did not say that they leave."""
-        silent, before, until = set(range(self.size)) - {self.rank}, self._beats(), time.monotonic() + patience
+        silent, before, until = (
+            set(range(self.size)) - {self.rank},
+            self._beats(),
+            time.monotonic() + patience,
+        )
         while silent and time.monotonic() < until:
             time.sleep(0.2)
             beats = self._beats()
@@ -304,35 +313,56 @@ def _obituary(rank, reason):
     return f"rank {rank} ended ({reason or 'stopped by a signal'}); so does the job, what is saved stays"
 
 
-_world = None
+ALONE = Ranks()  # a plain process: what functions take where nobody gives them ranks
+_ranks = None
 
 
 def join():
-    """Meet the other ranks, if torchrun started any. Returns the World. Call once."""
-    global _world
-    _world = World()
-    return _world
+    """Meet the other ranks, if torchrun started any. Returns this process's `Ranks`. Call once."""
+    global _ranks
+    import torch
+
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local_size:
+        raise UserError(
+            f"torchrun started {local_size} processes here, but torch sees {gpus} GPUs: --nproc-per-node {gpus}"
+        )
+    device = "cpu" if not gpus else "cuda" if size == 1 else f"cuda:{local_rank}"
+    _ranks = Ranks(rank, size, local_rank, local_size, device)
+    if size > 1:
+        if gpus:
+            torch.cuda.set_device(local_rank)
+        _ranks._meet("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    return _ranks
 
 
 def ends_together(main):
     """Decorator for a script's `main()` that calls `join`: however this rank ends, the others learn it and say so."""
 
     @functools.wraps(main)
-    def guarded():
+    def guarded(*args):
         try:
-            main()
-            if _world:
-                _world.leave()
+            main(*args)
+            if _ranks:
+                _ranks.leave()
         except BaseException as exc:
-            if _world is None or _world.size == 1:
+            if _ranks is None or _ranks.size == 1:
                 raise
-            if isinstance(exc, (RuntimeError, KeyboardInterrupt)):  # a collective inside a sharded layer, or torchrun's SIGTERM
-                exc = _world._explanation() or exc
+            if isinstance(
+                exc, (RuntimeError, KeyboardInterrupt)
+            ):  # a collective inside a sharded layer, or torchrun's SIGTERM
+                exc = _ranks._explanation() or exc
             stopped = isinstance(exc, KeyboardInterrupt) or isinstance(exc, SystemExit) and exc.code == 130
-            reason = " ".join(str(exc).split()) if isinstance(exc, UserError) else f"{type(exc).__name__}: {_first_line(exc)}"
-            _world.leave("" if stopped else reason)
+            reason = (
+                " ".join(str(exc).split())
+                if isinstance(exc, UserError)
+                else f"{type(exc).__name__}: {_first_line(exc)}"
+            )
+            _ranks.leave("" if stopped else reason)
             if isinstance(exc, UserError):
-                raise UserError(f"rank {_world.rank} of {_world.size}: {exc}") from exc
+                raise UserError(f"rank {_ranks.rank} of {_ranks.size}: {exc}") from exc
             raise exc
 
     return guarded

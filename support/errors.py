@@ -1,5 +1,6 @@
 """Errors that a person can fix end as one line on stderr; everything else is a bug and keeps its traceback."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -11,7 +12,15 @@ class UserError(Exception):
 
 
 # Operating-system errors that say something about the machine rather than about this code.
-_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+_MACHINE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+}
 _MACHINE_ERRORS |= {errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
@@ -38,7 +47,10 @@ def main_guard(main):
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
-        for stream in (sys.stdout, sys.stderr):  # file names may hold bytes that are no text: show them all the same
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # file names may hold bytes that are no text: show them all the same
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -62,3 +74,21 @@ def main_guard(main):
             sys.exit(1)
 
     return guarded
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice):
+    """Turn an out-of-memory error (of CUDA, a page long, or of the CPU's allocator) into one line that names the flag
+    to lower."""
+    try:
+        yield
+    except (
+        RuntimeError
+    ) as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        on_cpu = "DefaultCPUAllocator" in str(error)
+        library = any(
+            words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+        )  # cuBLAS etc.
+        if not (on_cpu or library or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        raise UserError(f"the {'machine' if on_cpu else 'GPU'} is out of memory: {advice}") from error

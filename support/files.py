@@ -25,7 +25,9 @@ def atomic_write(path, data):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp"
+        )
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -37,7 +39,9 @@ def atomic_write(path, data):
         temporary = None
         sync_directory(path.parent)
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror or exc}; check the path and the free space") from exc
+        raise UserError(
+            f"cannot write {path}: {exc.strerror or exc}; check the path and the free space"
+        ) from exc
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

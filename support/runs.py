@@ -1,4 +1,4 @@
-"""What a training run leaves behind and survives on: metrics, curve, videos, checkpoints, signals.
+"""What a training run leaves behind and survives on: directory, settings, metrics, films, checkpoints, signals.
 
 Nothing here is about the method; train.py stays readable without it. Three promises:
 
@@ -7,90 +7,384 @@ Nothing here is about the method; train.py stays readable without it. Three prom
 * A line of metrics.jsonl is synced before the next iteration starts. Lines newer than the checkpoint are dropped at resume.
 * Ctrl-C and SIGTERM end a run between two decisions; after 10 seconds (a long update, a hung driver) wherever it is.
   That is safe because of the first promise.
+
+`Run` is what `train.main` calls by name, in the order of its methods; it never calls back. The rest are its parts.
 """
 
 import contextlib
-import hashlib
 import json
+import math
 import os
-import shutil
-import signal
-import socket
 import sys
-import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from support.errors import UserError
-from support.files import atomic_write, sync_directory
+from support import report
+from support.checkpoints import load_checkpoint, save_checkpoint, save_debug_bundle, to_numpy, to_tensors
+from support.cli import parse_settings
+from support.distributed import restarted_after
+from support.errors import UserError, explain_out_of_memory
+from support.files import atomic_write, fingerprint, read_json
+from support.numerics import NumericsError
+from support.signals import Stop
+from support.tracking import Tracker
+
+# What the flags of earlier versions are called now.
+RENAMED = [("lam", "gae_lambda")]
 
 
-class Stop:
-    """Ctrl-C and SIGTERM set a flag that the loop reads after every decision; a second one ends the process at once.
+class Run:
+    """One training run on this rank.
 
-    Until `begin` nothing is worth saving, and the first one interrupts whatever is being built or loaded.
+    args: settings; with --resume (or restarted by torchrun) those of the run that goes on, which `self.args` then holds.
+    Attributes: out (directory), args, resumed (bool), iteration (the present one; 0 before the loop), total.
     """
 
-    GRACE = 10.0  # seconds from the first signal until the process ends wherever it is
+    def __init__(self, args, ranks):
+        self.ranks = ranks
+        out = Path(args.out or f"runs/{args.suite}-seed{args.seed}")
+        # By torchrun, after a rank had died. (On the nodes that lost no rank, it does not count that as a restart.)
+        restarted = ranks.any(restarted_after(out / "config.json"))
+        if (
+            restarted
+            and args.resume is None
+            and any(p.name.isdigit() for p in (out / "checkpoints").glob("*"))
+        ):
+            args.resume = str(out)
+        self.resumed = args.resume is not None
+        if self.resumed:
+            out = Path(args.resume)
+            args = parse_settings(type(args), read_json(out / "config.json"), out / "config.json", RENAMED)
+        elif (out / "config.json").exists() and not restarted:
+            raise UserError(
+                f"{out} already holds a run: continue it with --resume {out}, or choose another --out"
+            )
+        args.out = str(out)
+        self.out, self.args = out, args
+        self._stop = Stop(out, ranks.print0)
+        self._pace, self._evaluation_time = [], 0.0
+        self.iteration = 0
+        self._best, self._best_rate = -1, -1.0  # no checkpoint is the best before one was evaluated
+        self._metrics = None
 
-    def __init__(self, out, say=print):
-        self.hint = f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}"
-        self.begun = self.requested = False
-        self.say = say  # of several ranks, one speaks
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self._request)
+    # ---- before the loop ---------------------------------------------------------------------------------------------
 
-    def begin(self):
-        # Python runs handlers between two bytecodes of the main thread, so never while that thread hangs in a driver.
-        # But the number of each signal comes out of this socket at once, where another thread waits for it.
-        self._alarm = socket.socketpair()
-        self._alarm[1].setblocking(False)
-        signal.set_wakeup_fd(self._alarm[1].fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._guard, daemon=True).start()
-        self.begun = True
+    def start(self, iterations, actor_critic, optimizers, generator, samplers, envs, rollout):
+        """Begin, or with --resume go on: bring everything back to where the newest readable checkpoint left it.
 
-    def check(self, *_):
-        """Leave whatever is running, if somebody asked for it."""
-        if self.requested:
-            raise KeyboardInterrupt
+        iterations: of the whole run. optimizers: of policy and critic. generator: of the mini-batch order. samplers: one
+        generator per environment of this rank.
+        """
+        self.total, self.first = iterations, 1
+        self.generator, self.samplers, self.envs, self.rollout = generator, samplers, envs, rollout
+        self.actor_critic = actor_critic
+        self.optimizers = dict(zip(("policy", "critic"), optimizers, strict=True))
+        args, lines = self.args, []
+        # What checkpoints leave out, because it is frozen.
+        self._frozen = [args.model, args.reward_model if args.prm_mode != "none" else None]
+        self._fingerprints = [None if path is None else fingerprint(path) for path in self._frozen]
+        self._config = json.dumps(asdict(args), indent=1)
+        if self.resumed:
+            self._restore()
+            lines = Metrics.read(self.out, self.first - 1)
+        else:
+            envs.reset(seed=args.seed)
+        if self.ranks.is_main_process:
+            self._metrics = Metrics(self.out, lines, asdict(args), args.track)
+        if not self.resumed:
+            self.save()
+            if self.ranks.is_main_process:
+                atomic_write(self.out / "config.json", self._config)  # last: with it, a run can be resumed
 
-    def _request(self, number, frame):
-        if not self.begun:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested = True
-            self.say("\nstopping after this decision (once more: at once)", file=sys.stderr, flush=True)
+    def make_directory(self):
+        self.ranks.barrier()  # every rank has seen whether there is a run already
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise UserError(f"cannot write to {self.out}: {exc.strerror}; choose another --out") from exc
 
-    def _guard(self):
-        """End the process at the second signal at once, and some time after the first wherever it is."""
-        self._next_signal()
-        late = threading.Timer(self.GRACE, self._leave)
-        late.daemon = True
-        late.start()
-        os._exit(128 + self._next_signal())  # workers leave by themselves when their pipe closes
+    def _restore(self):
+        out, state = self.out, load_checkpoint(self.out, self.actor_critic)
+        own = self.ranks.share(self.args.num_envs)
+        try:
+            for path, now, then in zip(self._frozen, self._fingerprints, state["weights"], strict=True):
+                if now != then:
+                    raise UserError(f"{path} is not what {out} began with: put that back")
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state[f"{name}_optimizer"])
+            self.generator.set_state(state["generator"])
+            # Saved for the environments of all ranks, whose number may be another one now.
+            for sampler, saved in zip(self.samplers, state["samplers"][own.start : own.stop], strict=True):
+                sampler.set_state(saved.clone())  # given a row of a larger tensor, torch 2.13 crashes
+            saved = to_numpy(state["envs"])
+            self.envs.set_state(saved if self.ranks.size == 1 else self.envs.split_state(saved, own))
+            self.first, self._best, self._best_rate = (
+                state["iteration"] + 1,
+                state["best"],
+                state["best_rate"],
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+            raise UserError(
+                f"the checkpoint in {out} does not fit its config.json or this code ({exc!r})"
+            ) from exc
+        if len(found := set(self.ranks.gather(state["iteration"]))) > 1:
+            raise UserError(
+                f"ranks read different checkpoints of {out} ({sorted(found)}): all need to see the same files"
+            )
+        self.iteration = state["iteration"]
+        goes_on = f"resumed at iteration {self.first} of {self.total}"
+        self.ranks.print0(
+            goes_on if self.first <= self.total else f"resumed: all {self.total} iterations are done"
+        )
 
-    def _next_signal(self):
-        while (number := self._alarm[0].recv(1)[0]) not in (signal.SIGINT, signal.SIGTERM):
-            pass
-        return number
+    # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def _leave(self):
-        self.say(self.hint, file=sys.stderr, flush=True)
-        os._exit(130)
+    def __enter__(self):
+        self._stop.begin()
+        return self
+
+    def iterations(self):
+        """The numbers of the iterations that are still to do; each starts the clocks of its parts."""
+        for self.iteration in range(self.first, self.total + 1):
+            self._began = self._last_lap = time.time()
+            self._seconds = {}
+            yield self.iteration
+
+    def lap(self, part, **seconds):
+        """Book the time since the last lap under time/`part`, and what somebody else measured, in seconds."""
+        now = time.time()
+        for name, spent in {part: now - self._last_lap, **seconds}.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+        self._last_lap = now
+
+    def check(self):
+        """Leave here, between two decisions, if somebody asked for it (Ctrl-C, SIGTERM)."""
+        self._stop.check()
+
+    def start_evaluation_due(self):
+        """Is the start policy still to be evaluated? (Not in a run that went on from a later iteration.)"""
+        due = self.first == 1 and self.args.start_episodes > 0 and not (self._metrics and self._metrics.lines)
+        return self.ranks.gather(due)[0]  # the main process has the log
+
+    def log_start(self, evaluation):
+        """Iteration 0: the start policy."""
+        successes, episodes = evaluation.counts()
+        self._best, self._best_rate = 0, successes / episodes
+        if self.ranks.is_main_process:
+            zeros = dict.fromkeys(("iteration", "charts/decisions", "charts/episodes", "charts/successes"), 0)
+            self._metrics.write({**zeros, **_evaluation_metrics(successes, episodes)})
+            report.draw(self.out)
+            self.ranks.print0(f"start policy {100 * successes / episodes:.0f} % of {episodes} test episodes")
+
+    def evaluation_due(self):
+        """Is this iteration one after which the policy is evaluated?"""
+        self._pace.append(time.time() - self._began)
+        return (
+            bool(self.args.eval_every)
+            and self.iteration % self.args.eval_every == 0
+            and self.iteration < self.total
+        )
+
+    def log(self, losses, curriculum, learning_rate, evaluation=None):
+        """Metrics of this iteration to metrics.jsonl, TensorBoard and the terminal; now and then a film and a plot."""
+        args, rollout, seconds = self.args, self.rollout, self._seconds
+        # Counts and (T, N) tables of all ranks. (Seconds stay those of this one.)
+        names = (
+            "terminated",
+            "truncated",
+            "lost",
+            "episode_lengths",
+            "sparse_rewards",
+            "prm_scores",
+            "rewards",
+            "values",
+        )
+        parts = self.ranks.gather([getattr(rollout, name) for name in names])
+        whole = {
+            name: torch.cat(tables, dim=1)
+            for name, tables in zip(names, zip(*parts, strict=True), strict=True)
+        }
+        ended = whole["terminated"] | whole["truncated"]
+        episodes, successes = int(ended.sum()), int(whole["terminated"].sum())
+        decisions = args.num_envs * args.num_steps
+        m = {
+            "iteration": self.iteration,
+            "charts/decisions": self.iteration * decisions,
+            "charts/episodes": episodes,
+            "charts/successes": successes,
+            "charts/success_rate": successes / episodes if episodes else 0.0,
+            "charts/episodic_length": float(whole["episode_lengths"][ended].double().mean()) if episodes else 0.0,
+            "charts/sparse_return": whole["sparse_rewards"].sum().item() / args.num_envs,
+            "charts/prm_score": whole["prm_scores"].mean().item(),
+            "charts/reward": whole["rewards"].mean().item(),
+            "charts/value": whole["values"].mean().item(),
+            "charts/lost_episodes": int(whole["lost"].sum()),
+            "charts/learning_rate": learning_rate,
+            **losses,
+            **{f"curriculum/task_{t}": p for t, p in zip(curriculum.task_ids, curriculum.probabilities().tolist(), strict=True)},
+            "time/rollout": sum(seconds.get(part, 0.0) for part in ("inference", "environments", "slowest_rank")),
+            **{f"time/{part}": spent for part, spent in seconds.items()},
+            "charts/SPS": decisions / self._pace[-1],
+        }  # fmt: skip
+        if evaluation is not None:
+            successes, episodes = evaluation.counts()
+            m.update(_evaluation_metrics(successes, episodes))
+            self._evaluation_time = time.time() - self._began - self._pace[-1]
+            if successes / episodes > self._best_rate:
+                self._best, self._best_rate = self.iteration, successes / episodes
+        # Before the first step the update must reproduce the rollout's log-probs (ppo.py); bfloat16 rounds them.
+        mismatch = losses.get("losses/first_ratio_error", 0.0)
+        if mismatch > (1e-3 if rollout.images.dtype == torch.float32 else 0.5):
+            self.ranks.print0(
+                f"warning: rollout and update disagree: a first ratio is off by {mismatch:.1e}",
+                file=sys.stderr,
+            )
+        if self.ranks.is_main_process:
+            self._bring_back_directory()
+            if args.video_every and (self.iteration % args.video_every == 0 or self.iteration == 1):
+                self._film()
+            self._metrics.write(m)
+            if evaluation is not None or self.iteration % 10 == 0:
+                report.draw(self.out)
+            self.ranks.print0(terminal_line(m, self.total, self._seconds_left(), args.advantage_floor))
+
+    def save(self):
+        """Write the checkpoint of this iteration; every rank has a part of it."""
+        parts = self.ranks.gather(
+            ([s.get_state() for s in self.samplers], self.envs.get_state()), everywhere=False
+        )
+        if not self.ranks.is_main_process:
+            return
+        samplers, envs = zip(*parts, strict=True)
+        state = {
+            "iteration": self.iteration,
+            "weights": self._fingerprints,
+            "best": self._best,
+            "best_rate": self._best_rate,
+            "policy_optimizer": self.optimizers["policy"].state_dict(),
+            "critic_optimizer": self.optimizers["critic"].state_dict(),
+            "generator": self.generator.get_state(),
+            "samplers": torch.stack([state for part in samplers for state in part]),
+            "envs": to_tensors(envs[0] if len(envs) == 1 else self.envs.merge_states(envs)),
+        }
+        save_checkpoint(self.out, self.iteration, self.actor_critic, state, self.args.keep, self._best)
+
+    # ---- after the loop ----------------------------------------------------------------------------------------------
+
+    def finish(self, before=None, after=None):
+        """The comparison of start and trained policy (eval.EvalResult each) to results.json, as a table and as a film."""
+        if not self.ranks.is_main_process:
+            return
+        out = self.out
+        if before is not None:
+            rows = {"start": before.to_dict(), "trained": after.to_dict()}
+            report.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
+            atomic_write(out / "results.json", json.dumps(rows, indent=1))
+            self.ranks.print0(report.before_after_table(rows))
+            if self._metrics.lines:  # else somebody emptied the file, and all iterations were done
+                self._metrics.tracker.log(
+                    _evaluation_metrics(*after.counts()), self._metrics.lines[-1]["charts/decisions"]
+                )
+        report.draw(out)
+        self.ranks.print0(
+            f"policy: {out / 'policy'}   curve: {out / 'success.png'}   videos: {out / 'videos'}"
+        )
+
+    def __exit__(self, kind, exc, traceback):
+        """However the loop ends: in one line that names what to do, with the last checkpoint whole."""
+        out, hint = self.out, f"python train.py --resume {self.out}"
+        if self._metrics:
+            self._metrics.close()
+        if isinstance(exc, NumericsError):
+            where = self._save_debug_bundle(exc)
+            raise UserError(
+                f"iteration {self.iteration}: {exc}. {where}; the checkpoint before it is intact: try a lower lr in "
+                f"{out}/config.json, then {hint}"
+            ) from exc
+        if isinstance(exc, RuntimeError):
+            with explain_out_of_memory(
+                "lower --num-envs or --micro-batch-size, or turn on --gradient-checkpointing"
+            ):
+                raise exc
+        if isinstance(exc, OSError) and not isinstance(
+            exc, BrokenPipeError
+        ):  # (that one is `python train.py | head`)
+            raise UserError(
+                f"{exc.strerror or exc}: {exc.filename or out}; the newest checkpoint is intact. Once that is mended: {hint}"
+            ) from exc
+        if kind is KeyboardInterrupt:
+            self.ranks.check_others()
+            self.ranks.print0(self._stop.hint, file=sys.stderr)
+            sys.exit(130)
+
+    # ---- parts -------------------------------------------------------------------------------------------------------
+
+    def _seconds_left(self):
+        every = self.args.eval_every
+        evaluations = sum(i % every == 0 for i in range(self.iteration + 1, self.total)) if every else 0
+        return (
+            float(np.mean(self._pace[-20:])) * (self.total - self.iteration)
+            + self._evaluation_time * evaluations
+        )
+
+    def _film(self):
+        """The first environment's part of the rollout as mp4, with rewards, values and RPRM scores."""
+        r, repeat = self.rollout, self.envs.action_repeat
+        report.write_video(
+            self.out / "videos" / f"rollout_{self.iteration:05d}.mp4",
+            list(r.frames[:-1, 0]),
+            r.rewards[:, 0].tolist(),
+            r.values[:, 0].tolist(),
+            r.prm_scores[:, 0].tolist(),
+            (r.terminated[:, 0].int() - r.truncated[:, 0].int()).tolist(),
+            fps=20 / repeat,
+            first=max(
+                0, math.ceil(int(r.episode_lengths[0, 0]) / repeat) - 1
+            ),  # decisions of that episode before
+        )
+
+    def _bring_back_directory(self):
+        """Make a run directory that somebody deleted again, from memory: hours of training are worth more than an exit.
+
+        The next checkpoint makes it resumable. Videos, TensorBoard's past and older checkpoints are gone. Moving the
+        directory away amounts to the same.
+        """
+        if not (self.out / "config.json").exists():
+            print(f"warning: {self.out} has vanished; writing it again", file=sys.stderr)
+            self._metrics.close()
+            atomic_write(self.out / "config.json", self._config)
+            self._metrics.open()
+
+    def _save_debug_bundle(self, error):
+        generators = {f"sampler_{i}": sampler.get_state() for i, sampler in enumerate(self.samplers)}
+        generators["minibatches"] = self.generator.get_state()
+        name = f"{self.iteration:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.size > 1 else "")
+        path = self.out / "debug" / f"{name}.pt"
+        return save_debug_bundle(
+            path, error, self.iteration, self.rollout, self.actor_critic, self.optimizers, generators
+        )
+
+
+def _evaluation_metrics(successes, episodes):
+    return {"eval/success_rate": successes / episodes, "eval/successes": successes, "eval/episodes": episodes}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Logging
+# Metrics
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class Metrics:
-    """metrics.jsonl (one synced line per iteration, the source of truth), TensorBoard, and the terminal's line."""
+    """metrics.jsonl: one synced line per iteration, the source of truth. The same goes to a `Tracker`, to be watched."""
 
     KEYS = {"iteration", "charts/decisions", "charts/successes", "charts/episodes"}  # what the curve needs
 
-    def __init__(self, out, lines):
-        self.path, self.lines = out / "metrics.jsonl", lines
+    def __init__(self, out, lines, config, track=False):
+        self.path, self.lines, self.config, self.track = out / "metrics.jsonl", lines, config, track
         self.open()
 
     @classmethod
@@ -103,192 +397,48 @@ class Metrics:
             with contextlib.suppress(ValueError, RecursionError):  # half a line, written in a crash
                 m = json.loads(text)
                 known = isinstance(m, dict) and cls.KEYS <= m.keys() and type(m["iteration"]) is int
-                if known and (lines[-1]["iteration"] if lines else 0) < m["iteration"] <= last:
+                if known and (lines[-1]["iteration"] if lines else -1) < m["iteration"] <= last:
                     lines.append(m)
-        if len(lines) < last:
-            print(f"warning: {out}/metrics.jsonl holds {len(lines)} of {last} iterations", file=sys.stderr)
+        if (
+            found := sum(m["iteration"] > 0 for m in lines)
+        ) < last:  # (0 is the start policy, which need not be there)
+            print(f"warning: {out}/metrics.jsonl holds {found} of {last} iterations", file=sys.stderr)
         return lines
 
     def open(self):
-        from torch.utils.tensorboard import SummaryWriter
-
-        lines, out = self.lines, self.path.parent
         # Lines after the checkpoint that a run resumes from (or half a line, after a crash) belong to no saved state.
-        atomic_write(self.path, "".join(json.dumps(x) + "\n" for x in lines))
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.file = open(self.path, "a")
-        purge = lines[-1]["charts/decisions"] + 1 if lines else None
-        self.board = SummaryWriter(out / "tensorboard", purge_step=purge)
+        step = self.lines[-1]["charts/decisions"] if self.lines else None
+        self.tracker = Tracker(self.path.parent, self.config, self.track, step)
 
     def write(self, metrics):
         self.lines.append(metrics)
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)) and "/" in name:
-                self.board.add_scalar(name, value, metrics["charts/decisions"])
-        self.board.flush()
+        self.tracker.log(metrics, metrics["charts/decisions"])
 
     def close(self):
-        with contextlib.suppress(OSError):  # on a full disk the last line stays in the buffer, and was reported
+        with contextlib.suppress(
+            OSError
+        ):  # on a full disk the last line stays in the buffer, and was reported
             self.file.close()
-            self.board.close()
+            self.tracker.close()
 
 
-def terminal_line(m, iterations, seconds_left):
+def terminal_line(m, iterations, seconds_left, floor):
     success = f"{100 * m['charts/success_rate']:3.0f} %" if m["charts/episodes"] else "  - "
     phase = (
         "warm-up"
         if "losses/policy_loss" not in m
         else f"kl {m['losses/approx_kl']:.3f} clip {100 * m['losses/clipfrac']:2.0f} % ent {m['losses/entropy']:.1f}"
     )
-    what = "start policy" if m.get("eval/at") == 0 else "eval"
-    evaluated = f"  {what} {100 * m['eval/success_rate']:.0f} %" if "eval/success_rate" in m else ""
+    if not m["charts/successes"] and m["losses/advantage_std"] < floor:
+        phase += " no reward"  # a policy step this small is meant: see ppo.normalize_advantages
+    evaluated = f"  eval {100 * m['eval/success_rate']:.0f} %" if "eval/success_rate" in m else ""
     return (
-        f"it {m['iteration']:4d}/{iterations}  {m['charts/decisions']:>9,} decisions  success {success} of {m['charts/episodes']:3d}  "
-        f"ev {m['losses/explained_variance']:5.2f}  {phase}  rollout {m['time/rollout']:.1f} s (inference {m['time/inference']:.1f}) "
-        f"update {m['time/update']:.1f} s  left {seconds_left / 60:.0f} min{evaluated}"
+        f"it {m['iteration']:4d}/{iterations}  {m['charts/decisions']:>9,} decisions  success {success} of "
+        f"{m['charts/episodes']:3d}  ev {m['losses/explained_variance']:5.2f}  {phase}  rollout {m['time/rollout']:.1f} s "
+        f"(inference {m['time/inference']:.1f}) update {m['time/update']:.1f} s  left {seconds_left / 60:.0f} min{evaluated}"
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(out, iteration, actor_critic, state, keep, best):
-    """Write checkpoints/<iteration>/ atomically: everything into a temporary directory, synced, then renamed.
-
-    adapters/: LoRA and value head (safetensors). state.pt: optimisers, generators, environments, counters (tensors and
-    plain values only, read back with weights_only=True). sha256.json: of each file. The newest `keep` and the best
-    stay.
-    """
-    import torch
-
-    root = out / "checkpoints"
-    final, temporary = root / f"{iteration:06d}", root / f"{iteration:06d}.tmp"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for left_over in root.glob("*.tmp"):
-            shutil.rmtree(left_over)
-        temporary.mkdir()
-        actor_critic.save_adapters(temporary / "adapters")
-        torch.save(state, temporary / "state.pt")
-        atomic_write(temporary / "sha256.json", json.dumps(_checksums(temporary, sync=True)))
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync_directory(root)
-    except (OSError, RuntimeError, UserError) as exc:  # torch.save reports a full disk as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
-        raise UserError(
-            f"cannot write the checkpoint {final}: {why}; the previous one is intact. Free some "
-            f"space, then: python train.py --resume {out}"
-        ) from exc
-    saved = sorted(p for p in root.iterdir() if p.name.isdigit())
-    older = [p for p in saved if int(p.name) <= iteration]
-    newer = saved[len(older) :]  # damaged ones, which the run fell back from: their future did not happen
-    for old in older[:-keep] + newer:
-        if int(old.name) != best:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _checksums(directory, sync=False):
-    """{relative name: SHA-256} of the files below `directory`; sync: flush each to the disk."""
-    sums = {}
-    for path in sorted(p for p in directory.rglob("*") if p.name != "sha256.json"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                sums[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-                if sync:
-                    os.fsync(file.fileno())
-        elif sync:
-            sync_directory(path)
-    return sums
-
-
-def load_checkpoint(out, actor_critic):
-    """The newest readable checkpoint: loads the adapters and returns its state. A damaged one is named and passed over.
-
-    Checksums come first: a flipped bit in the middle of a tensor would load without a complaint.
-    """
-    import torch
-
-    saved = sorted((p for p in (out / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
-    for path in saved:
-        try:
-            if json.loads((path / "sha256.json").read_text()) != _checksums(path):
-                raise UserError("a file differs from its checksum")
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            actor_critic.load_adapters(path / "adapters")
-            return state
-        except Exception as exc:  # readers raise nearly every kind for damaged bytes; whichever it is gets printed
-            reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-            print(f"warning: {path} is damaged ({reason}); trying the one before", file=sys.stderr)
-    raise UserError(f"{out} holds no readable checkpoint: start again with another --out")
-
-
-def restore_directory(out, config, metrics):
-    """Make a run directory that somebody deleted again, from memory: hours of training are worth more than an exit.
-
-    The next checkpoint makes it resumable. Videos, TensorBoard's past and older checkpoints are gone. Moving the
-    directory away amounts to the same.
-    """
-    if not (out / "config.json").exists():
-        print(f"warning: {out} has vanished; writing it again", file=sys.stderr)
-        metrics.close()
-        atomic_write(out / "config.json", config)
-        metrics.open()
-
-
-def save_debug_bundle(path, error, iteration, buffer, actor_critic, optimizers, generators):
-    """What led to a NumericsError, as a file for `torch.load(…, weights_only=True)`. Returns where, in words.
-
-    "quantity", "indices" (t * N + n in the rollout), "minibatch": every field of the buffer at those indices (without
-    indices: of the whole rollout); "trainable": adapters and value head; "not_finite": their names where weight or
-    gradient is not; "optimizers": {name: state}; "generators": {name: state}, torch's global one included.
-    The checkpoint before it is untouched: resuming from it meets the same error again, for a debugger.
-    """
-    import torch
-
-    rows = torch.arange(buffer.size) if error.indices is None else error.indices.cpu()
-    t, n = rows // buffer.num_envs, rows % buffer.num_envs
-    trainable = {name: p for name, p in actor_critic.named_parameters() if p.requires_grad}
-    bad = [k for k, p in trainable.items() if not all(torch.isfinite(x).all() for x in (p, p.grad) if x is not None)]
-    bundle = {
-        "iteration": iteration,
-        "quantity": error.quantity,
-        "indices": rows,
-        "minibatch": {name: x[t, n].cpu() for name, x in vars(buffer).items() if isinstance(x, torch.Tensor)},
-        "trainable": {name: p.detach().cpu() for name, p in trainable.items()},
-        "not_finite": bad,
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-        "generators": {**generators, "torch": torch.get_rng_state()},
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(bundle, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-    except (OSError, RuntimeError) as exc:  # a full disk: the error that it was for matters more
-        return f"It could not be saved for debugging ({str(exc).strip().splitlines()[0]})"
-    return f"Its mini-batch, weights and optimisers are in {path} (torch.load, weights_only=True)"
-
-
-def to_tensors(tree):
-    """numpy arrays -> tensors, so that `weights_only` can read them back (uint32 generator words become int64)."""
-    import torch
-
-    if isinstance(tree, dict):
-        return {k: to_tensors(v) for k, v in tree.items()}
-    if isinstance(tree, (np.ndarray, np.generic)):
-        return torch.from_numpy(np.array(tree))
-    return tree
-
-
-def to_numpy(tree):
-    import torch
-
-    if isinstance(tree, dict):
-        return {k: to_numpy(v) for k, v in tree.items()}
-    return tree.numpy() if isinstance(tree, torch.Tensor) else tree

@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from support import distributed
-from support.errors import main_guard, UserError
 from policy import ActorCritic, build_tiny
 from ppo import PPOConfig, RolloutBuffer, ppo_update
+from support import distributed
+from support.errors import UserError, main_guard
 
 T, N = 6, 4
 SMALL = dict(
@@ -49,8 +49,8 @@ def model(targets, critic):
     return actor_critic
 
 
-def rollout(actor_critic, slots):
-    """The part of one fixed rollout of T x N that belongs to `slots`. Rewards differ much between environments."""
+def rollout(actor_critic, envs):
+    """The part of one fixed rollout of T x N that belongs to `envs`. Rewards differ much between environments."""
     g = torch.Generator().manual_seed(1)
     pixels = torch.randn(T, N, 6, 32, 32, generator=g)
     rewards = torch.rand(T, N, generator=g) + torch.arange(N) ** 2
@@ -58,30 +58,31 @@ def rollout(actor_critic, slots):
     done, cut = torch.rand(2, T, N, generator=g) < 0.2
     frozen = actor_critic.vision_frozen
     shape = (actor_critic.model.num_patches, 32) if frozen else (6, 32, 32)
-    part = slice(slots.start, slots.stop)
+    part = slice(envs.start, envs.stop)
     kind = "patch_embeddings" if frozen else "pixel_values"
-    buffer = RolloutBuffer(T, len(slots), shape, kind)
+    buffer = RolloutBuffer(T, len(envs), shape, kind, frame_shape=(1, 1, 3))
     for t in range(T):
-        ids, mask = actor_critic.model.tokenize(["pick up milk" if n % 2 else "pick milk" for n in slots])
+        ids, mask = actor_critic.model.tokenize(["pick up milk" if n % 2 else "pick milk" for n in envs])
         images = actor_critic.embed_images(pixels[t, part]) if frozen else pixels[t, part]
-        samplers = [torch.Generator().manual_seed(100 * t + n) for n in slots]
+        samplers = [torch.Generator().manual_seed(100 * t + n) for n in envs]
         tokens, log_probs, values = actor_critic.act(ids, mask, **{kind: images}, generator=samplers)
-        buffer.store_decision(t, images, ids, mask, tokens, log_probs + noise[t, part, None] / 7, values)
-        buffer.store_outcome(t, rewards[t, part], done[t, part], cut[t, part], torch.full((len(slots),), 0.5))
-    buffer.finish(torch.zeros(len(slots)), 0.99, 0.95)
+        buffer.store_observation(t, 0, [""] * len(envs), ids, mask, **{kind: images})
+        buffer.store_decision(t, tokens, log_probs + noise[t, part, None] / 7, values)
+        buffer.store_outcome(t, rewards[t, part], done[t, part], cut[t, part], torch.full((len(envs),), 0.5))
+    buffer.compute_advantages(torch.zeros(len(envs)), 0.99, 0.95)
     return buffer
 
 
-def update(world, name, shard=False):
+def update(ranks, name, shard=False):
     """Two epochs on that rollout -> {"gradients": [...], "weights", "metrics", "tokens", and with `shard` the merged policy}."""
     targets, critic, settings = UPDATES[name]
     actor_critic = model(targets, critic)
     if shard:
-        actor_critic.shard(world)
+        actor_critic.shard(ranks)
     optimizers = Recorder(actor_critic.policy_parameters()), Recorder(actor_critic.critic_parameters())
-    buffer = rollout(actor_critic, world.share(N))
+    buffer = rollout(actor_critic, ranks.share(N))
     cfg = PPOConfig(temperature=1.0, epochs=2, minibatch_size=8, micro_batch_size=3, value_clip=0, **settings)
-    metrics = ppo_update(actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), world)
+    metrics = ppo_update(actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), ranks)
     weights = [*actor_critic.policy_parameters(), *actor_critic.critic_parameters()]
     base = actor_critic.policy.base_tensors()
     merged = {name: actor_critic.policy.merged(name, base[name]).detach() for name in base}
@@ -101,30 +102,30 @@ def main():
     case, directory = sys.argv[1], Path(sys.argv[2])
     if case == "late" and os.environ["RANK"] == "0":
         time.sleep(3)
-    world = distributed.join()
+    ranks = distributed.join()
     torch.set_num_threads(1)
     if case == "updates":
-        results = {(name, shard): update(world, name, shard) for name in UPDATES for shard in (False, True)}
-        torch.save(results, directory / f"rank{world.rank}.pt")
+        results = {(name, shard): update(ranks, name, shard) for name in UPDATES for shard in (False, True)}
+        torch.save(results, directory / f"rank{ranks.rank}.pt")
         return
-    (directory / f"pid{world.rank}").write_text(str(os.getpid()))
+    (directory / f"pid{ranks.rank}").write_text(str(os.getpid()))
     if case == "late":
-        os._exit(world.sum_(torch.ones(1)) != world.size)  # as if killed: nobody tidies up
-    if case == "error" and world.rank == 1:
+        os._exit(ranks.sum_(torch.ones(1)) != ranks.size)  # as if killed: nobody tidies up
+    if case == "error" and ranks.rank == 1:
         raise UserError("the milk is spilt")
     if case == "stop":
         stopped = []
-        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # as runs.Stop: seen between decisions
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # as signals.Stop: seen between decisions
         while not stopped:
             time.sleep(0.1)
-        world.check_others()
+        ranks.check_others()
         print("stopped without a reason")
         sys.exit(130)
-    if world.rank == 1 and case == "kill":
+    if ranks.rank == 1 and case == "kill":
         time.sleep(3600)
-    if world.rank == 0 and case == "kill":
+    if ranks.rank == 0 and case == "kill":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only the collective tells
-    world.barrier()
+    ranks.barrier()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import _command, _metrics, models  # noqa: F401 (models is a fixture)
 
-from support import distributed
 import envs
 import eval as evaluation
 import ppo
-import train
+from simulator import devices
+from support import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -57,7 +57,7 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("name", worker.UPDATES)
 def test_two_ranks_make_the_update_of_one(two_ranks, name, shard):
-    one = worker.update(distributed.World(), name)
+    one = worker.update(distributed.Ranks(), name)
     parts = [rank[name, shard] for rank in two_ranks]
     assert torch.equal(torch.cat([part["tokens"] for part in parts], dim=1), one["tokens"])  # the same rollout
     for part in parts:
@@ -76,7 +76,7 @@ def test_two_ranks_make_the_update_of_one(two_ranks, name, shard):
 
 @pytest.mark.slow
 def test_a_sharded_model_gives_back_its_weights_and_its_start(two_ranks):
-    one, parts = worker.update(distributed.World(), "all"), [rank["all", True] for rank in two_ranks]
+    one, parts = worker.update(distributed.Ranks(), "all"), [rank["all", True] for rank in two_ranks]
     for part in parts:
         assert part["merged"].keys() == one["merged"].keys()
         for name, tensor in one["merged"].items():
@@ -94,42 +94,58 @@ def test_a_sharded_model_gives_back_its_weights_and_its_start(two_ranks):
 def test_ranks_share_every_mini_batch_evenly_and_without_loss(T, per_rank, ranks, size, seed):
     N = per_rank * ranks
     for whole in ppo.minibatches(T, N, size, torch.Generator().manual_seed(seed)):
-        parts = [ppo.own_part(whole, per_rank, rank, ranks) for rank in range(ranks)]
+        parts = [distributed.Ranks(rank, ranks).own_part(whole, per_rank) for rank in range(ranks)]
         assert {len(part) for part in parts} == {len(whole) // ranks}
         back = [int(i // per_rank * N + rank * per_rank + i % per_rank) for rank in range(ranks) for i in parts[rank]]
         assert sorted(back) == sorted(whole.tolist())
-        assert torch.equal(ppo.own_part(whole, N, 0, 1), whole)
+        assert torch.equal(distributed.ALONE.own_part(whole, N), whole)
+
+
+class Sum:
+    """What `normalize_advantages` asks of ranks, for the parts of a rollout one after the other."""
+
+    def __init__(self, parts):
+        x = [part.double() for part in parts]
+        self.total = sum(torch.stack([torch.tensor(float(p.numel())), p.sum(), p.square().sum()]) for p in x)
+
+    def sum_(self, moments):
+        return moments.copy_(self.total)
 
 
 def test_advantages_are_normalised_over_all_ranks():
     both = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) + torch.arange(6)
     parts = both[:, :3], both[:, 3:]
-    moments = []
-    for part in parts:  # what each rank hands to the sum
-        ppo.normalize_advantages(part, lambda m: moments.append(m.clone()))
-    ours = [ppo.normalize_advantages(part, lambda m: m.copy_(sum(moments))) for part in parts]
-    torch.testing.assert_close(torch.cat(ours, dim=1), ppo.normalize_advantages(both), rtol=1e-6, atol=1e-7)
+    ours = [ppo.normalize_advantages(part, ranks=Sum(parts))[0] for part in parts]
+    torch.testing.assert_close(torch.cat(ours, dim=1), ppo.normalize_advantages(both)[0], rtol=1e-6, atol=1e-7)
 
 
 # What is global besides ----------------------------------------------------------------------------------------------
 
 
-def test_the_curriculum_counts_outcomes_in_the_order_of_one_process():
+def test_the_curriculum_counts_episodes_in_the_order_of_one_process():
     """Windows of 3: which outcomes are still in them depends on the order."""
     rng = np.random.default_rng(0)
     T, N = 12, 6
-    ended = rng.random((T, N)) < 0.4
-    outcome = {(t, n): (int(rng.integers(2)), bool(rng.integers(2))) for t in range(T) for n in range(N)}
+    ended, won = rng.random((T, N)) < 0.4, rng.random((T, N)) < 0.5
+    lost, task_ids = rng.random((T, N)) < 0.1, rng.integers(2, size=(T, N))
+
+    def finished(environments):
+        """What a rank with these environments reports."""
+        part = slice(environments.start, environments.stop)
+        buffer = ppo.RolloutBuffer(T, len(environments), (1, 1), frame_shape=(1, 1, 3))
+        for t in range(T):
+            flags = (ended & won)[t, part], (ended & ~won)[t, part]
+            buffer.store_outcome(t, [0.0] * len(environments), *flags, torch.zeros(1), task_ids[t, part], 4, lost[t, part])
+        return buffer.finished_episodes(environments.start)
+
     one = envs.Curriculum([0, 1], window=3, deferred=True)
-    for t, n in zip(*np.nonzero(ended), strict=True):
-        one.update(*outcome[t, n])
+    for t, n in zip(*np.nonzero(ended & ~lost), strict=True):
+        one.update(int(task_ids[t, n]), bool(won[t, n]))
     one.commit()
-    for ranks, groups in [(1, 1), (1, 2), (2, 1), (2, 3), (3, 2)]:  # a group's decisions are counted before the next one's
-        turns = [(t, g) for t in range(T) for g in range(groups)]
-        shares = [range(N)[r * N // ranks : (r + 1) * N // ranks] for r in range(ranks)]
-        parts = [[(t, n, outcome[t, n]) for t, g in turns for n in share[g::groups] if ended[t, n]] for share in shares]
+    for ranks in (1, 2, 3):
+        parts = [finished(range(r * N // ranks, (r + 1) * N // ranks)) for r in range(ranks)]
         several = envs.Curriculum([0, 1], window=3, deferred=True)
-        several.commit(train.in_one_order(parts))
+        several.commit([(task, success) for _, _, task, success in sorted(e for part in parts for e in part)])
         assert several.state_dict()["outcomes"].tolist() == one.state_dict()["outcomes"].tolist()
         assert several.num_updates == one.num_updates > 10
 
@@ -176,28 +192,27 @@ def test_environment_states_are_merged_and_split():
 
 
 def test_environments_must_divide_evenly():
-    world = distributed.World()
-    world.size, world.rank = 4, 2
-    assert world.share(8) == range(4, 6)
+    ranks = distributed.Ranks(2, 4)
+    assert ranks.share(8) == range(4, 6)
     with pytest.raises(distributed.UserError, match="multiple of 4"):
-        world.share(6)
+        ranks.share(6)
 
 
 def test_egl_devices_are_shared_out(monkeypatch):
-    world = distributed.World()
-    assert world.simulators() == dict(num_workers=None, egl_devices=None)  # one process: as before
-    world.device = "cuda"
+    share, ranks = devices.share_of_machine, distributed.Ranks()
+    assert share(ranks) == dict(num_workers=None, egl_devices=None)  # one process: as before
+    ranks.device = "cuda"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert world.simulators()["egl_devices"] is None  # and EGL chooses
-    world.local_size, world.local_rank, world.device = 4, 1, "cuda:1"
+    assert share(ranks)["egl_devices"] is None  # and EGL chooses
+    ranks.local_size, ranks.local_rank, ranks.device = 4, 1, "cuda:1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
-    monkeypatch.setattr("simulator.render.num_egl_devices", lambda: 8)  # the test machine has no GPU
-    assert world.simulators(3)["egl_devices"] == [5]
-    monkeypatch.setattr("simulator.render.num_egl_devices", lambda: 1)  # GPUs, but only Mesa's EGL: leave it the choice
-    assert world.simulators(3)["egl_devices"] is None
-    assert world.simulators(3, [0, 1])["egl_devices"] == [1]
-    assert world.simulators(3, [0, 1, 2, 3, 4, 5, 6, 7]) == dict(num_workers=3, egl_devices=[1, 5])
-    assert world.simulators()["num_workers"] >= 1
+    monkeypatch.setattr(devices, "num_egl_devices", lambda: 8)  # the test machine has no GPU
+    assert share(ranks, 3)["egl_devices"] == [5]
+    monkeypatch.setattr(devices, "num_egl_devices", lambda: 1)  # GPUs, but only Mesa's EGL: leave it the choice
+    assert share(ranks, 3)["egl_devices"] is None
+    assert share(ranks, 3, [0, 1])["egl_devices"] == [1]
+    assert share(ranks, 3, [0, 1, 2, 3, 4, 5, 6, 7]) == dict(num_workers=3, egl_devices=[1, 5])
+    assert share(ranks)["num_workers"] >= 1
 
 
 # Ranks that end ------------------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import SMALL, _command, _start, _wait_for_iteration, models  # noqa: F401 (a fixture)
 
-from support import errors
-from simulator.pool import WorkerProcess
-from support import runs
 from policy import ActorCritic, build_tiny
-from ppo import NumericsError, PPOConfig, RolloutBuffer, ppo_update
+from ppo import PPOConfig, RolloutBuffer, ppo_update
+from simulator.pool import WorkerProcess
+from support import checkpoints, errors
+from support.numerics import NumericsError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def only_error(stderr):
 def newest(out):
     """The newest checkpoint of a run, after its checksums were compared."""
     path = max(p for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-    assert json.loads((path / "sha256.json").read_text()) == runs._checksums(path)
+    assert json.loads((path / "sha256.json").read_text()) == checkpoints.checksums(path)
     return int(path.name)
 
 
@@ -55,11 +55,11 @@ def rollout(actor_critic, T=3, N=2):
     buffer = RolloutBuffer(T, N, (model.num_patches, model.text["hidden_size"]), "patch_embeddings")
     ids, mask = model.tokenize(["pick up the soup"] * N)
     for t in range(T):
-        images = torch.randn(N, *buffer.image_shape, generator=generator)
-        buffer.store_decision(t, images, ids, mask, *actor_critic.act(
-            ids, mask, patch_embeddings=images, generator=generator))
+        images = torch.randn(N, *buffer.images.shape[2:], generator=generator)
+        buffer.store_observation(t, 0, ["pick up the soup"] * N, ids, mask, patch_embeddings=images)
+        buffer.store_decision(t, *actor_critic.act(ids, mask, patch_embeddings=images, generator=generator))
         buffer.store_outcome(t, torch.rand(N, generator=generator), [False] * N, [False] * N, torch.zeros(N))
-    buffer.finish(torch.zeros(N), 0.99, 0.95)
+    buffer.compute_advantages(torch.zeros(N), 0.99, 0.95)
     return buffer
 
 
@@ -77,7 +77,7 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
         ppo_update(*args)
     assert 2 in error.value.indices  # t * N + n
     generators = {"minibatches": generator.get_state()}
-    said = runs.save_debug_bundle(tmp_path / "debug/000007.pt", error.value, 7, buffer, actor_critic, optimizers, generators)
+    said = checkpoints.save_debug_bundle(tmp_path / "debug/000007.pt", error.value, 7, buffer, actor_critic, optimizers, generators)
     path = tmp_path / "debug" / "000007.pt"
     assert str(path) in said
     bundle = torch.load(path, weights_only=True)
@@ -85,7 +85,7 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
     rows = bundle["indices"]
     assert bundle["minibatch"]["log_probs"][rows == 2].isnan().all()
     for name in ("images", "action_tokens", "input_ids", "advantages", "returns", "rewards", "prm_scores", "values"):
-        assert torch.equal(bundle["minibatch"][name], getattr(buffer, name).flatten(0, 1)[rows])
+        assert torch.equal(bundle["minibatch"][name], getattr(buffer, name)[:3].flatten(0, 1)[rows])
     trainable = {k: p for k, p in actor_critic.named_parameters() if p.requires_grad}
     assert bundle["trainable"].keys() == trainable.keys()
     assert all(torch.equal(bundle["trainable"][k], p) for k, p in trainable.items())
@@ -98,7 +98,7 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
 def test_a_debug_bundle_that_cannot_be_written_does_not_hide_the_error(tmp_path):
     (tmp_path / "debug").write_text("in the way")
     actor_critic = ActorCritic(build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language")
-    said = runs.save_debug_bundle(tmp_path / "debug/000001.pt", NumericsError("reward"), 1, rollout(actor_critic), actor_critic, {}, {})
+    said = checkpoints.save_debug_bundle(tmp_path / "debug/000001.pt", NumericsError("reward"), 1, rollout(actor_critic), actor_critic, {}, {})
     assert "could not be saved" in said
 
 
@@ -156,23 +156,23 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
     """The disk has room for some of the new checkpoint: none, a little, nearly all."""
     actor_critic = ActorCritic(build_tiny(0, words=["soup"], **SMALL), targets="language")
     state = {"iteration": 1, "x": torch.zeros(50_000)}
-    runs.save_checkpoint(small_disk, 1, actor_critic, state, keep=2, best=-1)
+    checkpoints.save_checkpoint(small_disk, 1, actor_critic, state, keep=2, best=-1)
     need = sum(p.stat().st_size for p in small_disk.rglob("*") if p.is_file())
     refused = 0
     for spare in range(0, 3 * need, need // 8):
         fill(small_disk)
         os.truncate(small_disk / "filler", max(0, (small_disk / "filler").stat().st_size - spare))
         try:
-            runs.save_checkpoint(small_disk, 2, actor_critic, {**state, "iteration": 2}, keep=2, best=-1)
+            checkpoints.save_checkpoint(small_disk, 2, actor_critic, {**state, "iteration": 2}, keep=2, best=-1)
         except errors.UserError as error:
             assert "No space left" in str(error) or "write" in str(error)
             assert "previous one is intact" in str(error) and "\n" not in str(error)
             assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["000001"]
-            assert runs.load_checkpoint(small_disk, actor_critic)["iteration"] == 1
+            assert checkpoints.load_checkpoint(small_disk, actor_critic)["iteration"] == 1
             refused += 1
         else:
             break
-    assert refused >= 6 and runs.load_checkpoint(small_disk, actor_critic)["iteration"] == 2
+    assert refused >= 6 and checkpoints.load_checkpoint(small_disk, actor_critic)["iteration"] == 2
 
 
 @pytest.mark.libero
@@ -239,8 +239,8 @@ def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
 
 STOP = """
 import ctypes, time
-from support import runs
-runs.Stop('the/run').begin()
+from support.signals import Stop
+Stop('the/run').begin()
 print('ready', flush=True)
 while True:
     time.sleep(0.1)

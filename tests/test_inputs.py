@@ -5,6 +5,7 @@ And what a hostile file could try: code in weights, and names that leave the out
 
 import ast
 import copy
+import dataclasses
 import importlib
 import json
 import random
@@ -27,7 +28,7 @@ import sft
 import train
 from bench.__main__ import COMMANDS as BENCHES
 from policy import ActorCritic, OpenVLA, build_tiny
-from support import cli, files, runs
+from support import checkpoints, cli, files, runs
 from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +152,7 @@ def damaged(draw, tree):
 @often
 @given(data=st.data())
 def test_any_settings_of_a_run_are_checked_like_flags(data):
-    good = json.loads(json.dumps(train.asdict(train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x"))))
+    good = json.loads(json.dumps(dataclasses.asdict(train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x"))))
     assert cli.parse_settings(train.Args, good, "config.json") == train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x")
     saved = damaged(data.draw, good)
     try:
@@ -163,6 +164,14 @@ def test_any_settings_of_a_run_are_checked_like_flags(data):
             value, low = getattr(args, name), spec.metadata.get("min")
             values = value if isinstance(value, list) else [value]
             assert low is None or value is None or min(values) >= low
+
+
+def test_settings_of_earlier_versions_are_renamed_or_left_out_with_a_word(capsys):
+    saved = {"suite": "libero_goal", "lam": 0.8, "groups": 2, "compile_decoding": False}
+    args = cli.parse_settings(train.Args, saved, "config.json", runs.RENAMED)
+    assert args == train.Args(suite="libero_goal", gae_lambda=0.8)
+    said = capsys.readouterr().err
+    assert "'groups'" in said and "'compile_decoding'" in said and said.count("warning: config.json") == 2
 
 
 @often
@@ -262,10 +271,10 @@ def test_any_damaged_byte_of_a_run_is_noticed_and_the_checkpoint_before_is_taken
     optimizer = torch.optim.AdamW(model.policy_parameters())
     for iteration in (1, 2):
         state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-        runs.save_checkpoint(tmp_path, iteration, model, state, keep=2, best=-1)
+        checkpoints.save_checkpoint(tmp_path, iteration, model, state, keep=2, best=-1)
     newest, rng = tmp_path / "checkpoints" / "000002", random.Random(0)
     files = [p for p in newest.rglob("*") if p.is_file()]
-    assert runs.load_checkpoint(tmp_path, model)["iteration"] == 2 and len(files) >= 5
+    assert checkpoints.load_checkpoint(tmp_path, model)["iteration"] == 2 and len(files) >= 5
     capsys.readouterr()
     for path in files:
         good = path.read_bytes()
@@ -274,17 +283,17 @@ def test_any_damaged_byte_of_a_run_is_noticed_and_the_checkpoint_before_is_taken
             if bad == good:
                 continue
             path.write_bytes(bad)
-            assert runs.load_checkpoint(tmp_path, model)["iteration"] == 1
+            assert checkpoints.load_checkpoint(tmp_path, model)["iteration"] == 1
             err = capsys.readouterr().err
             assert err.count("\n") == 1 and "000002 is damaged" in err
         path.unlink()
-        assert runs.load_checkpoint(tmp_path, model)["iteration"] == 1
+        assert checkpoints.load_checkpoint(tmp_path, model)["iteration"] == 1
         assert "000002 is damaged" in capsys.readouterr().err
         path.write_bytes(good)
     shutil.rmtree(tmp_path / "checkpoints" / "000001")
     files[0].unlink()
     with pytest.raises(UserError, match="no readable checkpoint"):
-        runs.load_checkpoint(tmp_path, model)
+        checkpoints.load_checkpoint(tmp_path, model)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]\n", '{"iteration": 1}\n', '{"iteration": 2}\n', "\xff", "[" * 100_000])
@@ -303,7 +312,7 @@ def test_a_run_that_fell_back_to_an_old_checkpoint_keeps_its_new_ones(tmp_path, 
     model = ActorCritic(build_tiny(0, words=["soup"], **SMALL), lora_rank=2)
 
     def save(iteration):
-        runs.save_checkpoint(tmp_path, iteration, model, {"iteration": iteration}, keep=2, best=20)
+        checkpoints.save_checkpoint(tmp_path, iteration, model, {"iteration": iteration}, keep=2, best=20)
         return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
 
     for iteration in (20, 38, 39):
@@ -311,9 +320,9 @@ def test_a_run_that_fell_back_to_an_old_checkpoint_keeps_its_new_ones(tmp_path, 
     assert saved == [20, 38, 39]
     for iteration in (38, 39):
         (tmp_path / "checkpoints" / f"{iteration:06d}" / "state.pt").write_bytes(b"damaged")
-    assert runs.load_checkpoint(tmp_path, model)["iteration"] == 20
+    assert checkpoints.load_checkpoint(tmp_path, model)["iteration"] == 20
     assert save(21) == [20, 21] and save(22) == [20, 21, 22] and save(23) == [20, 22, 23]
-    assert runs.load_checkpoint(tmp_path, model)["iteration"] == 23
+    assert checkpoints.load_checkpoint(tmp_path, model)["iteration"] == 23
 
 
 def test_any_log_of_episodes_is_one_line(tmp_path):
@@ -443,12 +452,12 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path, capsys):
             return (Path.touch, (tmp_path / "executed",))
 
     model = ActorCritic(build_tiny(0, words=["soup"], **SMALL), lora_rank=2)
-    runs.save_checkpoint(tmp_path, 1, model, {"iteration": 1}, keep=2, best=-1)
+    checkpoints.save_checkpoint(tmp_path, 1, model, {"iteration": 1}, keep=2, best=-1)
     newest = tmp_path / "checkpoints" / "000001"
     torch.save(Bomb(), newest / "state.pt")
-    (newest / "sha256.json").write_text(json.dumps(runs._checksums(newest)))  # whoever made it knows checksums too
+    (newest / "sha256.json").write_text(json.dumps(checkpoints.checksums(newest)))  # whoever made it knows checksums too
     with pytest.raises(UserError, match="no readable checkpoint"):
-        runs.load_checkpoint(tmp_path, model)
+        checkpoints.load_checkpoint(tmp_path, model)
     assert "000001 is damaged" in capsys.readouterr().err and not (tmp_path / "executed").exists()
 
 

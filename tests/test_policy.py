@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import policy
-from models.memory import explain_out_of_memory
 from models.tiny import libero_words
 from policy import ActionTokenizer, ActorCritic, OpenVLA
-from support.errors import UserError
+from support.errors import UserError, explain_out_of_memory
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ppo
+from support.numerics import NumericsError
 
 torch.set_num_threads(1)
 VOCABULARY, WIDTH, PATCHES = 11, 6, 3
@@ -53,10 +55,17 @@ class TinyActorCritic(nn.Module):
         return own + list(self.critic.parameters())
 
 
+def store(buffer, t, images, ids, mask, tokens, log_probs, values):
+    """o_t and a_t, as train.py stores them."""
+    N = buffer.num_envs
+    buffer.store_observation(t, np.zeros((N, 1, 1, 3), np.uint8), ["text"] * N, ids, mask, **{buffer.image_kind: images})
+    buffer.store_decision(t, tokens, log_probs, values)
+
+
 def make_rollout(model, T=4, N=3, seed=0, rewards=None, temperature=1.5):
     """A rollout: prompts of differing lengths, random tokens, and log-probs and values as `model` gives them."""
     g = torch.Generator().manual_seed(seed)
-    buffer = ppo.RolloutBuffer(T, N, (PATCHES, WIDTH), image_kind="patch_embeddings")
+    buffer = ppo.RolloutBuffer(T, N, (PATCHES, WIDTH), "patch_embeddings", frame_shape=(1, 1, 3))
     for t in range(T):
         lengths = torch.randint(1, 6, (N,), generator=g)
         mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
@@ -66,11 +75,11 @@ def make_rollout(model, T=4, N=3, seed=0, rewards=None, temperature=1.5):
         with torch.no_grad():
             log_probs, _ = model.evaluate_actions(ids, mask, tokens, images, temperature)
             values = model.value(ids, mask, images)
-        buffer.store_decision(t, images, ids, mask, tokens, log_probs, values)
+        store(buffer, t, images, ids, mask, tokens, log_probs, values)
         done = torch.rand(N, generator=g) < 0.3
         reward = torch.rand(N, generator=g) if rewards is None else rewards(tokens)
         buffer.store_outcome(t, reward, done, ~done & (torch.rand(N, generator=g) < 0.3), torch.rand(N, generator=g))
-    buffer.finish(torch.rand(N, generator=g), 0.99, 0.95)
+    buffer.compute_advantages(torch.rand(N, generator=g), 0.99, 0.95)
     return buffer
 
 
@@ -171,16 +180,16 @@ def test_gae_says_which_argument_has_the_wrong_shape():
 
 
 def test_next_values_follow_the_episode_and_not_the_row():
-    buffer = ppo.RolloutBuffer(3, 2, (1, 1))
+    buffer = ppo.RolloutBuffer(3, 2, (1, 1), frame_shape=(1, 1, 3))
     zeros = torch.zeros(2, 1, 1)
     ids = torch.ones(2, 1, dtype=torch.long)
     for t in range(3):
         values = torch.tensor([1.0, 10.0]) * (t + 1)
-        buffer.store_decision(t, zeros, ids, ids, torch.zeros(2, 7, dtype=torch.long), torch.full((2, 7), -0.5), values)
+        store(buffer, t, zeros, ids, ids, torch.zeros(2, 7, dtype=torch.long), torch.full((2, 7), -0.5), values)
         # Environment 0 is cut by the time limit at t = 0, environment 1 succeeds at t = 1; NaN where nobody may look.
         final = torch.tensor([-4.0 if t == 0 else math.nan, math.nan])
         buffer.store_outcome(t, [0.0, 0.0], [False, t == 1], [t == 0, False], final)
-    buffer.finish(torch.tensor([8.0, 9.0]), 0.99, 0.95)
+    buffer.compute_advantages(torch.tensor([8.0, 9.0]), 0.99, 0.95)
     assert buffer.next_values.tolist() == [[-4.0, 20.0], [3.0, 0.0], [8.0, 9.0]]
     assert buffer.log_probs.tolist() == [[-3.5, -3.5]] * 3  # Eq. 1
     assert buffer.returns[1, 1] == 0.0  # terminated without reward: nothing follows
@@ -198,13 +207,13 @@ def test_prompts_of_other_lengths_and_batches_leave_the_result_alone():
 
 
 def test_a_reused_buffer_keeps_nothing_of_longer_prompts():
-    buffer = ppo.RolloutBuffer(1, 1, (1, 1))
+    buffer = ppo.RolloutBuffer(1, 1, (1, 1), frame_shape=(1, 1, 3))
     row = (torch.zeros(1, 7, dtype=torch.long), torch.zeros(1, 7), torch.zeros(1))
     for length in (6, 2):
         ids = torch.full((1, length), 5)
-        buffer.store_decision(0, torch.zeros(1, 1, 1), ids, torch.ones_like(ids), *row)
+        store(buffer, 0, torch.zeros(1, 1, 1), ids, torch.ones_like(ids), *row)
     assert buffer.batch(torch.tensor([0]), "cpu")[0]["input_ids"].tolist() == [[5, 5]]
-    assert buffer.input_ids.tolist() == [[[5, 5, 0, 0, 0, 0]]]
+    assert buffer.input_ids[0].tolist() == [[5, 5, 0, 0, 0, 0]]
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------
@@ -243,15 +252,26 @@ def test_value_clipping_by_hand():
     torch.testing.assert_close(ppo.value_loss(values, old, returns, 0.0), 0.5 * (values - returns).square())
 
 
-def test_advantages_are_normalised_over_all_ranks():
+def test_advantages_are_normalised():
     x = torch.randn(6, 4) * 3 + 1
-    whole = ppo.normalize_advantages(x)
+    whole, deviation = ppo.normalize_advantages(x, floor=0.05)
     assert whole.mean().abs() < 1e-6 and (whole.std(unbiased=False) - 1).abs() < 1e-5
-    halves = x[:, :2], x[:, 2:]
-    sums = sum(torch.stack([torch.tensor(12.0).double(), h.double().sum(), h.double().square().sum()]) for h in halves)
-    ranks = [ppo.normalize_advantages(h, reduce_sum=lambda moments: moments.copy_(sums)) for h in halves]
-    torch.testing.assert_close(torch.cat(ranks, 1), whole)
-    assert torch.equal(ppo.normalize_advantages(torch.full((3, 2), 0.7)), torch.zeros(3, 2))
+    assert deviation == pytest.approx(float(x.std(unbiased=False)), rel=1e-6)
+    assert torch.equal(ppo.normalize_advantages(torch.full((3, 2), 0.7))[0], torch.zeros(3, 2))
+
+
+def test_noise_is_not_scaled_up_to_a_reward():
+    """Without any success what is left is the critic's noise; a single success is more than the floor."""
+    noise = 0.01 * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    quiet, deviation = ppo.normalize_advantages(noise, floor=0.05)
+    assert quiet.std() == pytest.approx(0.2, rel=0.1) and deviation == pytest.approx(0.01, rel=0.1)
+    assert ppo.normalize_advantages(noise)[0].std() == pytest.approx(1, rel=0.01)
+    rewards, nothing = torch.zeros(32, 16), torch.zeros(32, 16)
+    terminated = torch.zeros(32, 16, dtype=torch.bool)
+    rewards[30, 3], terminated[30, 3] = 1, True
+    one, _ = ppo.compute_gae(rewards, nothing, nothing, terminated, ~terminated & False, 0.99, 0.95)
+    normalized, deviation = ppo.normalize_advantages(one, floor=0.05)
+    assert deviation > 0.1 and normalized.std(unbiased=False) == pytest.approx(1, rel=1e-5)
 
 
 def test_explained_variance():
@@ -431,7 +451,7 @@ def test_nan_is_named_and_never_reaches_the_weights(damage, quantity):
     opts = optimizers(model, kind=torch.optim.AdamW)
     damage(model, buffer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ppo.NumericsError, match=rf"^{quantity} is not finite") as caught:
+    with pytest.raises(NumericsError, match=rf"^{quantity} is not finite") as caught:
         update(model, buffer, opts=opts, minibatch_size=12, micro_batch_size=4)
     assert caught.value.quantity == quantity and caught.value.indices is not None
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -442,8 +462,8 @@ def test_nan_is_named_and_never_reaches_the_weights(damage, quantity):
 def test_nan_from_the_rollout_is_named_with_its_place(name, quantity):
     buffer = make_rollout(TinyActorCritic())
     getattr(buffer, name)[1, 2] = math.nan
-    with pytest.raises(ppo.NumericsError) as caught:
-        buffer.finish(torch.zeros(3), 0.99, 0.95)
+    with pytest.raises(NumericsError) as caught:
+        buffer.compute_advantages(torch.zeros(3), 0.99, 0.95)
     assert caught.value.quantity == quantity and caught.value.indices.tolist() == [5]
 
 
@@ -471,15 +491,15 @@ def test_it_learns_which_token_each_instruction_wants():
 
     rates = []
     for iteration in range(20):
-        buffer = ppo.RolloutBuffer(T, N, (PATCHES, WIDTH), image_kind="patch_embeddings")
+        buffer = ppo.RolloutBuffer(T, N, (PATCHES, WIDTH), "patch_embeddings", frame_shape=(1, 1, 3))
         with torch.no_grad():
             for t in range(T):
                 tokens = sample()
                 log_probs, _ = model.evaluate_actions(ids, mask, tokens, images, 1.5)
-                buffer.store_decision(t, images, ids, mask, tokens, log_probs, model.value(ids, mask, images))
+                store(buffer, t, images, ids, mask, tokens, log_probs, model.value(ids, mask, images))
                 done = torch.ones(N, dtype=torch.bool)
                 buffer.store_outcome(t, (tokens[:, 0] == ids[:, 0]).float(), done, ~done, torch.zeros(N))
-        buffer.finish(torch.zeros(N), 0.99, 0.95)
+        buffer.compute_advantages(torch.zeros(N), 0.99, 0.95)
         rates.append(buffer.rewards.mean().item())
         metrics = ppo.ppo_update(
             model, buffer, *opts, ppo.PPOConfig(epochs=4, minibatch_size=64, micro_batch_size=64), iteration > 1,

@@ -15,10 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support import runs
-import train
+from models.choose import downloaded
 from policy import build_tiny
-from ppo import RolloutBuffer
+from support import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -71,8 +70,8 @@ def _command(models, out, *extra):
         "2",
         "--minibatch-size",
         "4",
-        "--groups",
-        "2",
+        "--start-episodes",
+        "0",
         "--out",
         str(out),
         *extra,
@@ -116,26 +115,18 @@ def uninterrupted(models, tmp_path_factory):
 
 
 @pytest.mark.libero
-def test_the_start_policy_is_measured_and_then_every_so_often(models, uninterrupted, tmp_path):
+def test_the_start_policy_is_iteration_0_and_evaluations_follow_every_so_often(models, tmp_path):
     out = tmp_path / "run"
-    stdout, _ = _finish(_command(models, out, "--eval-every", "2", "--eval-episodes", "1", "--critic-warmup", "0"))
+    flags = "--eval-every", "2", "--eval-episodes", "1", "--start-episodes", "1", "--critic-warmup", "0"
+    stdout, _ = _finish(_command(models, out, *flags))
     metrics = _metrics(out)
-    assert [m.get("eval/episodes") for m in metrics] == [1, 1, None, None]
-    assert [m.get("eval/at") for m in metrics] == [0, None, None, None]
-    lines = [line for line in stdout.splitlines() if line.startswith("it ")]
-    assert "start policy 0 %" in lines[0] and "eval 0 %" in lines[1] and "eval" not in lines[2]
+    assert [m["iteration"] for m in metrics] == [0, 1, 2, 3, 4]
+    assert [m["charts/decisions"] for m in metrics] == [0, 6, 12, 18, 24]
+    assert [m.get("eval/episodes") for m in metrics] == [1, None, 1, None, None]
+    lines = [line for line in stdout.splitlines() if line.startswith(("start policy", "it "))]
+    assert lines[0] == "start policy 0 % of 1 test episodes"
+    assert "eval" not in lines[1] and "eval 0 %" in lines[2] and "eval" not in lines[3]
     assert (out / "checkpoints" / "000000").is_dir()  # nothing was better
-
-
-@pytest.mark.libero
-def test_environments_in_groups_learn_what_they_learn_all_at_once(models, uninterrupted, tmp_path):
-    """Taking turns changes the sizes of batches, hence rounding, and nothing else."""
-    _finish(_command(models, tmp_path / "once", "--groups", "1"))
-    turns, once = _metrics(uninterrupted[0]), _metrics(tmp_path / "once")
-    assert json.loads((uninterrupted[0] / "config.json").read_text())["groups"] == 2
-    assert len(turns) == len(once) == 4 and sum(m["charts/episodes"] for m in once) > 0
-    for ours, theirs in zip(turns, once, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.libero
@@ -236,7 +227,7 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
         (["--prm-mode", "sum", "--reward-model", "/nonexistent/rprm"], "/nonexistent/rprm"),
         (["--out", "/proc/run"], "/proc/run"),
         (["--task-ids", "0,0"], "each task once"),
-        (["--suite", "libero_goal", "--model", "openvla-tiny"], "none is shipped for libero_goal"),
+        (["--suite", "libero_goal", "--model", "openvla-tiny"], "no policy for libero_goal"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, flags, what):
@@ -267,11 +258,11 @@ def test_a_download_counts_when_all_of_it_is_there(tmp_path):
     (root / "refs" / "main").write_text("abc")
     present = {"config.json": "{}", "model.safetensors.index.json": json.dumps({"weight_map": {"x": "a", "y": "b"}}), "a": ""}
     for name, text in present.items():
-        assert not train.downloaded("openvla/m", tmp_path)
+        assert not downloaded("openvla/m", tmp_path)
         (snapshot / name).write_text(text)
-    assert not train.downloaded("openvla/m", tmp_path)  # shard b is still missing
+    assert not downloaded("openvla/m", tmp_path)  # shard b is still missing
     (snapshot / "b").write_text("")
-    assert train.downloaded("openvla/m", tmp_path) and not train.downloaded("openvla/other", tmp_path)
+    assert downloaded("openvla/m", tmp_path) and not downloaded("openvla/other", tmp_path)
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -281,17 +272,17 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         def save_adapters(self, directory):
             directory.mkdir()
 
-    runs.save_checkpoint(tmp_path, 1, Nothing(), {"iteration": 1}, keep=2, best=0)
+    checkpoints.save_checkpoint(tmp_path, 1, Nothing(), {"iteration": 1}, keep=2, best=0)
 
     class Full(Nothing):
         def save_adapters(self, directory):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(runs.UserError, match="previous one is intact"):
-        runs.save_checkpoint(tmp_path, 2, Full(), {"iteration": 2}, keep=2, best=0)
+    with pytest.raises(checkpoints.UserError, match="previous one is intact"):
+        checkpoints.save_checkpoint(tmp_path, 2, Full(), {"iteration": 2}, keep=2, best=0)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
     for i in range(2, 7):
-        runs.save_checkpoint(tmp_path, i, Nothing(), {"iteration": i}, keep=2, best=3)
+        checkpoints.save_checkpoint(tmp_path, i, Nothing(), {"iteration": i}, keep=2, best=3)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "000003",
         "000005",
@@ -306,38 +297,7 @@ def test_state_survives_weights_only(tmp_path):
         "e": "text",
         "f": 1,
     }
-    torch.save(runs.to_tensors(tree), tmp_path / "x.pt")
-    back = runs.to_numpy(torch.load(tmp_path / "x.pt", weights_only=True))
+    torch.save(checkpoints.to_tensors(tree), tmp_path / "x.pt")
+    back = checkpoints.to_numpy(torch.load(tmp_path / "x.pt", weights_only=True))
     np.testing.assert_array_equal(back["a"]["b"], tree["a"]["b"])
     assert back["a"]["c"] == 2.5 and back["d"].dtype == bool and (back["e"], back["f"]) == ("text", 1)
-
-
-def test_scores_of_a_rollout_follow_the_mode():
-    """`sum` scores o_t and its action; `potential` pairs each state with the one that followed, cut episodes included."""
-
-    class Judge:
-        class model:
-            device = torch.device("cpu")
-
-        def score(self, ids, mask, tokens, *, patch_embeddings):
-            extra = 0.0 if tokens is None else tokens[:, 0].float()
-            return patch_embeddings[:, 0, 0] + extra
-
-    buffer = RolloutBuffer(3, 2, (1, 1), "patch_embeddings")
-    for t in range(3):
-        images = torch.tensor([[[t * 10.0]], [[t * 10.0 + 1]]])
-        buffer.store_decision(
-            t,
-            images,
-            torch.ones(2, 4, dtype=torch.long),
-            torch.ones(2, 4, dtype=torch.long),
-            torch.full((2, 7), 100),
-            torch.zeros(2, 7),
-            torch.zeros(2),
-        )
-    last = (torch.tensor([[[70.0]], [[71.0]]]), torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
-    scores, _ = train.score_rollout(Judge(), buffer, "sum", last, {}, True)
-    assert scores.tolist() == [[100, 101], [110, 111], [120, 121]]
-    scores, following = train.score_rollout(Judge(), buffer, "potential", last, {(1, 0): torch.tensor([[55.0]])}, True)
-    assert scores.tolist() == [[0, 1], [10, 11], [20, 21]]
-    assert following.tolist() == [[10, 11], [55, 21], [70, 71]]  # (1, 0) was cut: its own last observation
