@@ -3,16 +3,20 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
+SUITE ?= libero_object
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval test test-fast bench libraries
+.PHONY: help start train eval test test-fast bench libraries
 
 help: ## show this list
 	@echo 'usage: make TARGET [ARGS="--flag value ..."]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
+
+start: libraries ## imitation policy and reward model of a suite from nothing (SUITE=libero_spatial)
+	@PY=$(PY) scripts/start.sh $(SUITE)
 
 train: libraries ## reinforcement learning from the shipped tiny policy (train.py)
 	@$(PY) train.py $(ARGS)

@@ -17,6 +17,8 @@ COMMANDS = {
     "leak": "memory of the simulator processes over 1,000 episodes",
     "soak": "training while its simulator processes are killed and stopped at random",
     "scaling": "train.py on 1, 2, 4 ... ranks, and a simulation up to 64 GPUs",
+    "busy": "a decision alone and beside a competing program, and two trainings side by side",
+    "iteration": "where an iteration of train.py goes, part by part, and one update taken apart",
     "decode": "actions per second: batched decoding against transformers' generate",
     "update": "samples per second of a PPO update, against transformers and peft",
     "rprm": "a reward model in the simulator: progress, success against failure, loitering",

@@ -1,39 +1,46 @@
 #!/usr/bin/env bash
-# Every result in README from nothing: demonstrations, imitation policy, reward model, three seeds of RL, evaluations.
-# On 2 CPU cores about 20 minutes of demonstrations, 25 of SFT, 25 for RPRM and 45 per RL run. Results land in $OUT.
-# Each step is skipped where its result is already there, so the script goes on where it stopped.
+# Everything about a suite from nothing: demonstrations, imitation policy, reward model, seeds of RL with and without RPRM,
+# evaluations, the curve and its table.
+#
+#   scripts/reproduce.sh [SUITE] [OUT]                  default: libero_object, runs/reproduce/SUITE
+#
+# On 2 CPU cores and libero_object about 20 minutes of demonstrations, 25 of imitation, 25 for RPRM and 45 per RL run. Each step is
+# skipped where its result is there, and what was interrupted goes on, so the same command continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SUITE=${SUITE:-libero_object}
-OUT=${OUT:-runs/reproduce}
-PY=${PY:-.venv/bin/python}
+SUITE=${1:-libero_object}
+OUT=${2:-runs/reproduce/$SUITE}
+SEEDS=${SEEDS:-0 1 2}
+MODES=${MODES:-potential none} # of the reward: with and without RPRM, Table 2's first row at the tiny size
+export PY=${PY:-.venv/bin/python}
 policy=$OUT/policy rprm=$OUT/rprm
+
+has() { [ -e "$1" ] && echo "have $1"; }
 mkdir -p "$OUT"
 
-done_already() { [ -e "$1" ] && echo "have $1"; }
+# The scripted experts on the test states, then policy and reward model.
+has "$OUT/expert.txt" || { $PY demos.py --suite "$SUITE" --check | tee "$OUT/expert.tmp" && mv "$OUT/expert.tmp" "$OUT/expert.txt"; }
+scripts/start.sh "$SUITE" "$OUT" "$OUT"
+has "$OUT/rprm-checks.json" ||
+  $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" --episodes-per-task 20 --seed 2 --out "$OUT/rprm-checks.json"
 
-done_already "$OUT/expert.txt" || { $PY demos.py --suite "$SUITE" --check | tee "$OUT/expert.tmp"; mv "$OUT/expert.tmp" "$OUT/expert.txt"; }
-done_already "$OUT/data/$SUITE" || { $PY demos.py --suite "$SUITE" --out "$OUT/data.tmp"; mv "$OUT/data.tmp" "$OUT/data"; }
-done_already "$policy/config.json" || $PY sft.py --suite "$SUITE" --data "$OUT/data" --out "$policy"
-done_already "$OUT/rollouts" || {
-  $PY reward_model.py record --suite "$SUITE" --policy "$policy" --out "$OUT/rollouts.tmp" --seed 1
-  mv "$OUT/rollouts.tmp" "$OUT/rollouts"
-}
-done_already "$rprm/rprm.json" ||
-  $PY reward_model.py train --suite "$SUITE" --demos "$OUT/data/$SUITE" --successes "$OUT/rollouts/success" \
-    --failures "$OUT/rollouts/failure" --policy "$policy" --out "$rprm"
-done_already "$OUT/rprm-checks.json" ||
-  $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" --episodes-per-task 10 --seed 2 --out "$OUT/rprm-checks.json"
-for temperature in 1.0 0.6 0.0; do # eval.py continues by itself where it stopped
-  $PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature $temperature --out "$OUT/eval-start-$temperature"
+# The start policy, as it samples and as it acts greedily. eval.py goes on by itself where it stopped.
+for temperature in 1.0 0.0; do
+  $PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature "$temperature" --out "$OUT/eval-start-$temperature"
 done
-for mode in potential none; do # with and without RPRM: Table 2, first row, at the tiny size
-  for seed in 0 1 2; do
+
+# Reinforcement learning: each run evaluates start and trained policy on 500 test episodes.
+runs=()
+for mode in $MODES; do
+  for seed in $SEEDS; do
     run=$OUT/rl-$mode-seed$seed
-    done_already "$run/results.json" && continue
-    if [ -d "$run/checkpoints" ]; then $PY train.py --resume "$run"; else
-      $PY train.py --suite "$SUITE" --model "$policy" --reward-model "$rprm" --prm-mode $mode --seed $seed --out "$run"
+    runs+=("$run")
+    has "$run/results.json" && continue
+    if [ -e "$run/config.json" ]; then
+      $PY train.py --resume "$run"
+    else
+      $PY train.py --suite "$SUITE" --model "$policy" --reward-model "$rprm" --prm-mode "$mode" --seed "$seed" --out "$run"
     fi
   done
 done
-$PY -m support.report --runs "$(printf '%s,' "$OUT"/rl-{potential,none}-seed{0,1,2} | sed 's/,$//')" --out "$OUT/success.png" | tee "$OUT/success.md"
+$PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$OUT/success.png" | tee "$OUT/success.md"
