@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.common import ROOT, table
+from bench.common import ROOT, table, training_flags
 from envs import LiberoVecEnv
 from policy import ActorCritic, OpenVLA
 from support.cli import flag
@@ -111,21 +111,16 @@ def measure_start(args, spincount):
 
 
 def start_training(args, out):
-    flags = dict(
+    flags = training_flags(
         suite=args.suite,
         task_ids=args.task_id,
         num_envs=args.num_envs,
         total_steps=args.num_envs * 32 * (1 + args.iterations),
         critic_warmup=0,
-        start_episodes=0,
-        eval_every=0,
-        final_episodes=0,
-        video_every=0,
         out=out,
     )
-    command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     return subprocess.Popen(
-        [sys.executable, "train.py", *command],
+        [sys.executable, "train.py", *flags],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.common import ROOT, table
+from bench.common import ROOT, table, training_flags
 from bench.update import rollout_buffer
 from policy import ActorCritic, OpenVLA
 from ppo import PPOConfig, ppo_update
@@ -28,6 +28,7 @@ from support.errors import UserError
 @dataclass
 class Args:
     suite: str = flag("libero_object", "LIBERO suite")
+    task_ids: list[int] | None = flag(None, "tasks", default="all of the suite, as train.py", min=0)
     iterations: int = flag(
         4, "iterations that are measured, with policy updates, after one to warm up", min=1
     )
@@ -41,22 +42,18 @@ class Args:
 
 def train(args, out):
     """Means of the time/... entries of metrics.jsonl over the measured iterations, in seconds."""
-    flags = dict(
+    flags = training_flags(
         suite=args.suite,
+        **({} if args.task_ids is None else {"task_ids": ",".join(map(str, args.task_ids))}),
         num_envs=args.num_envs,
         num_steps=args.num_steps,
         epochs=args.epochs,
         minibatch_size=args.minibatch_size,
         total_steps=args.num_envs * args.num_steps * (1 + args.iterations),
         critic_warmup=0,
-        start_episodes=0,
-        eval_every=0,
-        final_episodes=0,
-        video_every=0,
         out=out,
     )
-    command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    run = subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         raise UserError(f"train.py failed: {run.stderr.strip().splitlines()[-1]}")
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]

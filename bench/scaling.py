@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.common import ROOT, table
+from bench.common import ROOT, table, training_flags
 from policy import ActorCritic, OpenVLA
 from simulator.suites import instructions
 from support.cli import flag
@@ -65,7 +65,7 @@ PARTS = ("simulator_ms", "inference_ms", "inference_ms_per_env", "update_ms", "g
 
 def train_run(args, model, ranks, out):
     """train.py on so many ranks: means over the measured iterations, in decisions per second and seconds."""
-    flags = dict(
+    flags = training_flags(
         suite=args.suite,
         task_ids=args.task_id,
         model=model,
@@ -76,15 +76,11 @@ def train_run(args, model, ranks, out):
         minibatch_size=args.minibatch_size,
         critic_warmup=0,
         total_steps=ranks * args.envs * args.steps * (1 + args.iterations),
-        eval_every=0,
-        final_episodes=0,
-        video_every=0,
         out=out,
     )
-    command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     run = subprocess.run(
-        [sys.executable, *torchrun, "train.py", *command], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *torchrun, "train.py", *flags], cwd=ROOT, capture_output=True, text=True
     )
     if run.returncode:
         errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from bench.common import ROOT
+from bench.common import ROOT, training_flags
 from support.cli import flag
 from support.errors import UserError
 
@@ -41,7 +41,7 @@ class Args:
 
 def start_training(args, folder):
     """The audited training as a process: (process, its report's path, its stderr's path)."""
-    flags = dict(
+    flags = training_flags(
         suite=args.suite,
         task_ids=",".join(map(str, args.task_ids)),
         num_envs=args.num_envs,
@@ -52,13 +52,10 @@ def start_training(args, folder):
         total_steps=10**9,
         max_episode_steps=80,
         critic_warmup=1,
-        eval_every=0,
-        final_episodes=0,
         video_every=5,
     )
     report, errors = folder / "audit.json", folder / "stderr.txt"
-    command = [sys.executable, "-m", "bench.audit", str(report)]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    command = [sys.executable, "-m", "bench.audit", str(report), *flags]
     with open(errors, "w") as stderr:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr), report, errors
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench import decode, envs, gpu, leak, model, pictures, scaling, soak, update
+from bench import busy, decode, envs, gpu, iteration, leak, model, pictures, scaling, soak, update
 from bench.__main__ import COMMANDS
 from bench.common import machine, table
 from policy import ActorCritic, OpenVLA
@@ -232,3 +232,31 @@ def test_envs_measures_stock_and_ours_in_one_run(capsys):
     assert w["physics_ms"] > 0 and w["render_ms"] > 0 and w["memory_per_worker"] > 100
     envs.show({**r, "machine": machine()})
     assert "resets/s" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_busy_measures_both_settings_beside_a_competitor(capsys):
+    r = busy.measure(busy.Args(num_envs=2, decisions=2, starts=1, iterations=0))
+    assert [row["setting"] for row in r["starts"]] == list(busy.SPINCOUNTS)
+    assert all(
+        len(row[kind]) == 2 and min(row[kind]) > 0 for row in r["starts"] for kind in ("alone", "beside")
+    )
+    busy.show({**r, "machine": machine()})
+    assert "GOMP_SPINCOUNT" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_iteration_accounts_for_all_of_its_time(capsys):
+    sizes = dict(task_ids=[0], iterations=1, num_envs=2, num_steps=4, epochs=1, minibatch_size=8, rounds=1)
+    r = iteration.measure(iteration.Args(**sizes))
+    it, parts = r["iteration"], r["update"]["parts"]
+    assert 0 < it["inference"] < it["rollout"] < it["whole"] and 0 < it["update"] < it["whole"]
+    assert min(parts.values()) > 0 and sum(parts.values()) == pytest.approx(r["update"]["whole"])
+    assert (
+        parts["rest"] < 0.5 * r["update"]["whole"]
+        and 0 < sum(share for *_, share in r["update"]["operators"]) <= 1
+    )
+    iteration.show(r)
+    assert "policy, forward" in capsys.readouterr().out
