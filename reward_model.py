@@ -125,7 +125,7 @@ from policy import ACTION_DIM, OpenVLA, policy_convention
 from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
 from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write, fingerprint, read_json, safe_name
-from support.metrics import auroc, average_precision, calibration, without_nan
+from support.metrics import auroc, binary_metrics, in_words, without_nan
 from support.quiet import progress_bar
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class RPRM:
     `models.vlm.VLM` has the same methods from `score_frames` on.
     """
 
-    CHUNK = 64  # pictures embedded at a time
+    CHUNK, ROWS = 64, 256  # pictures embedded, and examples scored at a time
 
     def __init__(self, model, info):
         self.model, self.info = model.eval().requires_grad_(False), info
@@ -402,7 +402,7 @@ class Examples:
     instructions: list  # n strings
     images: (
         torch.Tensor
-    )  # on the CPU: what `encode_images` gives, patch embeddings (n, P, d) float16 or frames
+    )  # what `encode_images` gives: patch embeddings (n, P, d) float16, or frames; on the CPU
     actions: torch.Tensor  # (n, 7) int64: what `encode_actions` gives
     labels: torch.Tensor  # (n,) float32, 1 or 0
     trajectory: torch.Tensor  # (n,) int64, number of the trajectory that the row is from
@@ -417,12 +417,10 @@ class Examples:
         return Examples([self.instructions[i] for i in rows.tolist()], *(x[rows] for x in tensors))
 
 
-def make_examples(reward_model, trajectories, rule, unnorm_key, summary):
-    """Label trajectories (of `read_trajectories`), keep the labelled rows -> Examples. Counts into `summary`."""
+def make_examples(reward_model, trajectories, unnorm_key, summary):
+    """The rows of `labelled` trajectories that carry a label -> Examples."""
     instructions, parts = [], []
-    for number, trajectory in enumerate(trajectories):
-        result = label(trajectory, rule)
-        summary.add(result)
+    for number, (trajectory, result) in enumerate(trajectories):
         rows = np.flatnonzero(result.labels != IGNORED)
         if not result.usable or not len(rows):
             continue
@@ -453,10 +451,10 @@ def split(examples, share, seed):
 
 
 @torch.no_grad()
-def predict(reward_model, examples, state_only=False, chunk=256):
+def predict(reward_model, examples, state_only=False):
     """Scores (n,) numpy float64 of all rows; with state_only, of the state without its action."""
     scores = []
-    for rows in torch.arange(len(examples)).split(min(chunk, 4 * reward_model.CHUNK)):
+    for rows in torch.arange(len(examples)).split(reward_model.ROWS):
         logits = reward_model.answer_logits(examples.select(rows), torch.full((len(rows),), state_only))
         scores.append(score_of(logits, reward_model.prior).double().cpu())
     return torch.cat(scores).numpy()
@@ -468,14 +466,22 @@ def measure(reward_model, examples):
     scores, state_scores = predict(reward_model, examples), predict(reward_model, examples, state_only=True)
     right = np.clip(np.where(labels == 1, scores, 1 - scores), 1e-7, 1)
     return {
-        "auroc": auroc(scores, labels),
-        "average_precision": average_precision(scores, labels),
-        "prevalence": float(labels.mean()),  # what a random score's average precision would be
-        **calibration(scores, labels),
+        **binary_metrics(scores, labels),
         "nll": float(-np.log(right).mean()),
         "auroc_state_only": auroc(state_scores, labels),
         "rows": len(examples),
     }
+
+
+def answer_loss(reward_model, batch, hidden, whole_vocabulary=False):
+    """Eq. 3: the mean of -log p(answer token | action tokens, image, instruction) over the Examples `batch`.
+
+    hidden (B,) bool: rows whose action is not shown. Of the two answers alone, or among all tokens.
+    """
+    logits = reward_model.answer_logits(batch, hidden, whole_vocabulary)  # (B, 2) or (B, V)
+    wrong = (batch.labels == 0).long()  # column 0 is "1", column 1 is "0"
+    targets = torch.tensor(reward_model.token_ids)[wrong] if whole_vocabulary else wrong
+    return F.cross_entropy(logits, targets.to(logits.device))
 
 
 def fit(
@@ -490,7 +496,6 @@ def fit(
     parameters = reward_model.trainable_parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    answers = torch.tensor(reward_model.token_ids, device=reward_model.model.device)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(train) / batch_size)
@@ -507,25 +512,14 @@ def fit(
         for epoch in range(1, epochs + 1):
             drawn = torch.multinomial(weights, steps * batch_size, True, generator=generator)
             for rows in drawn.split(batch_size):
-                hidden = (
-                    torch.rand(batch_size, generator=generator) < action_dropout
-                )  # these are shown without action
+                hidden = torch.rand(batch_size, generator=generator) < action_dropout  # shown without action
                 for group in optimiser.param_groups:  # linear decay to zero
                     group["lr"] = lr * (1 - bar.n / bar.total)
                 optimiser.zero_grad(set_to_none=True)
                 total = 0.0
                 for part in torch.arange(batch_size).split(micro_batch_size or batch_size):
-                    batch = train.select(rows[part])
-                    logits = reward_model.answer_logits(
-                        batch, hidden[part], whole_vocabulary
-                    )  # (B, 2) or (B, V)
-                    wrong = (batch.labels == 0).long().to(logits.device)  # column 0 is "1", column 1 is "0"
-                    # Eq. 3: -log p(answer token | action tokens, image, instruction)
-                    loss = (
-                        F.cross_entropy(logits, answers[wrong] if whole_vocabulary else wrong)
-                        * len(part)
-                        / batch_size
-                    )
+                    loss = answer_loss(reward_model, train.select(rows[part]), hidden[part], whole_vocabulary)
+                    loss = loss * len(part) / batch_size  # Eq. 3, this micro-batch's share of it
                     loss.backward()
                     total += loss.item()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -572,11 +566,21 @@ def plot(directory, trajectory, result, scores=None):
     plot_trajectory(path, trajectory["frames"], result, trajectory["name"], scores)
 
 
+def labelled(args, summary, successes=None, failures=None):
+    """Yield (trajectory, `Labels`) of --demos, and of the other two where given. Counts into `summary`."""
+    rule = args.rule()
+    for path, limit, skip, success in (
+        (args.demos, args.limit, args.skip, True), (successes, None, 0, True), (failures, None, 0, False)
+    ):  # fmt: skip
+        for trajectory in read_trajectories(path, limit, success, skip) if path else ():
+            result = label(trajectory, rule)
+            summary.add(result)
+            yield trajectory, result
+
+
 def run_label(args):
-    rule, summary = args.rule(), LabelSummary()
-    for trajectory in read_trajectories(args.demos, args.limit, skip=args.skip):
-        result = label(trajectory, rule)
-        summary.add(result)
+    summary = LabelSummary()
+    for trajectory, result in labelled(args, summary):
         if args.plot:
             plot(args.plot, trajectory, result)
     print(summary)
@@ -616,24 +620,15 @@ def run_record(args):
 
 def write_runs(directory, sim, runs, action_repeat):
     """Write runs in LIBERO's layout: <directory>/success and <directory>/failure, in each one file a task."""
-    for kind in ("success", "failure"):
-        demos = []
-        for run in runs:
-            if run["success"] == (kind == "success"):
-                actions = np.array(run["actions"])
-                actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # files: -1 open, +1 close
-                arrays = {key: np.array(run[key]) for key in ("ee_pos", "gripper_states")}
-                if kind == "failure":  # a demonstration's last row has a 1 in both
-                    arrays.update({key: np.zeros(len(actions), np.uint8) for key in ("rewards", "dones")})
-                frames = np.array(run["frames"][: len(actions)])[:, ::-1, ::-1]
-                demos.append({"actions": actions, "agentview_rgb": frames, **arrays})
-        if demos:
+    from simulator.recording import as_demonstration
+
+    for kind, success in (("success", True), ("failure", False)):
+        if found := [as_demonstration(run) for run in runs if run["success"] == success]:
             path = demo_path(directory, kind, sim.name)  # not the instruction: tasks of libero_90 share those
-            write_demos(path, demos, action_repeat, sim.instruction, suite=sim.suite, task_id=sim.task_id)
+            write_demos(path, found, action_repeat, sim.instruction, suite=sim.suite, task_id=sim.task_id)
 
 
 def run_train(args):
-    rule, summary = args.rule(), LabelSummary()
     adapter = args.lora_rank is not None or args.vlm is not None
     # Of frozen weights; what is trained is float32.
     dtype = torch.bfloat16 if adapter and args.device == "cuda" else torch.float32
@@ -646,15 +641,11 @@ def run_train(args):
         if adapter:
             reward_model.add_adapter(args.policy, args.lora_rank)
 
-    def trajectories():
-        yield from read_trajectories(args.demos, args.limit, skip=args.skip)
-        if args.successes:
-            yield from read_trajectories(args.successes)
-        if args.failures:
-            yield from read_trajectories(args.failures, success=False)
-
-    bar = progress_bar(trajectories(), desc="label and embed", unit="trajectory")
-    examples = make_examples(reward_model, bar, rule, args.suite, summary)
+    summary = LabelSummary()
+    bar = progress_bar(
+        labelled(args, summary, args.successes, args.failures), desc="label and embed", unit="trajectory"
+    )
+    examples = make_examples(reward_model, bar, args.suite, summary)
     print(summary)
     held_out = split(examples, args.held_out, args.seed)
     names = ("epochs", "batch_size", "lr", "patience", "action_dropout", "whole_vocabulary", "seed")
@@ -669,15 +660,13 @@ def run_train(args):
     shortcut = auroc(-np.linalg.norm(moves, axis=1), examples.labels[held_out].numpy())
     best = {**best, "auroc_small_command": shortcut}
     info = {
-        "label_rule": dataclasses.asdict(rule), "labels": str(summary), "suite": args.suite, "policy": str(args.policy),
+        "label_rule": dataclasses.asdict(args.rule()), "labels": str(summary), "suite": args.suite, "policy": str(args.policy),
         "data": {name: str(getattr(args, name)) for name in ("demos", "successes", "failures") if getattr(args, name)},
         "train_rows": int((~held_out).sum()), "training": options, "held_out": best, "history": history,
     }  # fmt: skip
     reward_model.save(args.out, without_nan(info))
     print(
-        f"held out ({best['rows']} rows, epoch {best['epoch']}): AUROC {best['auroc']:.3f}, average precision "
-        f"{best['average_precision']:.3f} (random {best['prevalence']:.3f}), ECE {best['ece']:.3f}, Brier "
-        f"{best['brier']:.3f}\nfor comparison, AUROC of the image without the action {best['auroc_state_only']:.3f}, "
+        f"held out ({best['rows']} rows, epoch {best['epoch']}): {in_words(best)}\nfor comparison, AUROC of the image without the action {best['auroc_state_only']:.3f}, "
         f"of a small command alone {best['auroc_small_command']:.3f}\nsaved {args.out}"
     )
 
@@ -685,12 +674,9 @@ def run_train(args):
 def run_score(args):
     if (args.rprm is None) == (args.vlm is None):
         raise UserError("give one of --rprm and --vlm")
-    rule, summary, records = args.rule(), LabelSummary(), []
+    summary, records = LabelSummary(), []
     reward_model = read_reward_model(args.vlm or args.rprm, device=args.device)
-    found = read_trajectories(args.demos, args.limit, skip=args.skip)
-    for trajectory in progress_bar(found, desc="score", unit="trajectory"):
-        result = label(trajectory, rule)
-        summary.add(result)
+    for trajectory, result in progress_bar(labelled(args, summary), desc="score", unit="trajectory"):
         actions = reward_model.encode_actions(policy_convention(trajectory["actions"]), args.suite)
         instructions = [trajectory["instruction"]] * len(trajectory["frames"])
         scores = reward_model.score_frames(trajectory["frames"], instructions, actions)
@@ -704,10 +690,8 @@ def run_score(args):
         )
     scores, labels = (np.concatenate([r[key] for r in records]) for key in ("scores", "labels"))
     scores, labels = scores[labels != IGNORED], labels[labels != IGNORED] == POSITIVE
-    errors, prevalence = calibration(scores, labels), np.mean(labels) if len(labels) else math.nan
     print(
-        f"{summary}\nagainst the pseudo labels ({len(labels)} rows): AUROC {auroc(scores, labels):.3f}, average precision "
-        f"{average_precision(scores, labels):.3f} (random {prevalence:.3f}), ECE {errors['ece']:.3f}, Brier {errors['brier']:.3f}"
+        f"{summary}\nagainst the pseudo labels ({len(labels)} rows): {in_words(binary_metrics(scores, labels))}"
     )
     if args.json:
         atomic_write(args.json, json.dumps(records))

@@ -36,7 +36,7 @@ class VLM:
     info: content of rprm.json where it is a tuned one, else None.
     """
 
-    CHUNK = 8  # rows scored at a time
+    CHUNK = ROWS = 8  # pictures with their questions at a time
     STOCK = "The task is to {instruction}, is it completed? Answer 1 for yes or 0 for no."
     TUNED = "The task is to {instruction}. The next action is {action}. Is it one of progress? Answer 1 for yes or 0 for no."
 

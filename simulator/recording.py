@@ -59,3 +59,14 @@ def runs_by_task(suite, task_ids, episodes_per_task, action_repeat, seed, decide
             play(episodes, limit, action_repeat, lambda _, frames: decide(frames, sim.instruction)),
         )
         sim.close()
+
+
+def as_demonstration(run):
+    """A run of `play` in the arrays and conventions of LIBERO's files, for `demos.write_demos`."""
+    actions = np.array(run["actions"])
+    actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # files: -1 open, +1 close
+    arrays = {key: np.array(run[key]) for key in ("ee_pos", "gripper_states")}
+    if not run["success"]:  # a demonstration's last row has a 1 in both
+        arrays |= {key: np.zeros(len(actions), np.uint8) for key in ("rewards", "dones")}
+    frames = np.array(run["frames"][: len(actions)])[:, ::-1, ::-1]  # upside down, as rendered
+    return {"actions": actions, "agentview_rgb": frames, **arrays}

@@ -56,6 +56,24 @@ def calibration(scores, labels, bins=10):
     return {"ece": float(np.abs(gaps).sum()), "brier": float(((scores - labels) ** 2).mean())}
 
 
+def binary_metrics(scores, labels):
+    """{"auroc", "average_precision", "prevalence" (what a random score's average precision would be), "ece", "brier"}."""
+    return {
+        "auroc": auroc(scores, labels),
+        "average_precision": average_precision(scores, labels),
+        "prevalence": float(np.mean(labels)) if len(labels) else math.nan,
+        **calibration(scores, labels),
+    }
+
+
+def in_words(metrics):
+    """`binary_metrics` on one line."""
+    return (
+        f"AUROC {metrics['auroc']:.3f}, average precision {metrics['average_precision']:.3f} (random "
+        f"{metrics['prevalence']:.3f}), ECE {metrics['ece']:.3f}, Brier {metrics['brier']:.3f}"
+    )
+
+
 def spearman(x, y):
     """Rank correlation; NaN where one side is constant (nothing to rank)."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:

@@ -2,6 +2,7 @@
 
 import json
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bench import rprm
 from policy import build_tiny
 from pseudo_labels import POSITIVE, LabelRule
 from simulator.recording import play
+from simulator.task import TaskSim
 from support.metrics import kendall, without_nan
 
 
@@ -142,8 +144,6 @@ def scripted(episodes, model):
 
 @pytest.mark.libero
 def test_progress_and_loitering_in_the_simulator(tmp_path):
-    from simulator.task import TaskSim
-
     model = build_tiny(0)
     model.norm_stats = STATS
     reward_model, limit = rm.RPRM(copy_of(model), {}), 70
@@ -195,57 +195,72 @@ def test_progress_and_loitering_in_the_simulator(tmp_path):
     sim.close()
 
 
-def moved(episode, joint, value):
-    """The episode with one joint of a fixture elsewhere, and everything that follows from it."""
-    import mujoco
-
-    model = episode.sim.model
+def put(episode, joint, *values):
+    """Write the positions of a joint (one of a drawer, the first three of a free object) and what follows from them."""
+    model, data = episode.sim.model, episode.data
+    address = model.joint(joint).qposadr[0]
     episode._activate()
-    episode.data.qpos[model.joint(joint).qposadr[0]] = value
-    mujoco.mj_forward(model, episode.data)
+    data.qpos[address : address + len(values)] = values
+    mujoco.mj_forward(model, data)
 
 
 @pytest.mark.libero
 @pytest.mark.parametrize(
     "suite, task_id, kinds",
-    [("libero_goal", 0, ["open"]), ("libero_goal", 5, ["on"]), ("libero_10", 3, ["close", "in"])],
+    [
+        ("libero_goal", 0, ["open"]),
+        ("libero_goal", 5, ["on"]),
+        ("libero_goal", 7, ["turnon"]),
+        ("libero_10", 3, ["close", "in"]),
+    ],
 )
-def test_progress_of_drawers_and_plates(suite, task_id, kinds):
-    """Progress follows the joint of a drawer and the place of an object, and is 1 where LIBERO calls the task done."""
-    from simulator.task import TaskSim
-
+def test_progress_of_every_kind_of_goal(suite, task_id, kinds):
+    """A drawer, a knob and a plate are moved by hand: progress is the share of the way, and 1 where LIBERO says so."""
     sim = TaskSim(suite, task_id, render="none")
     episode = sim.episode()
     episode.reset(0)
     env = sim.env.env
     goals = env.parsed_problem["goal_state"]
-    assert [goal[0].lower() for goal in goals] == kinds
+    assert [goal[0].lower() for goal in goals] == kinds and not env._check_success()
     progress = rprm.TaskProgress(episode)
-    assert progress(episode) == pytest.approx(0.0, abs=0.02) and not env._check_success()
-    seen = [progress(episode)]
-    for goal in goals:
-        if len(goal) == 2:  # a drawer: from where it stands to where LIBERO calls it open or closed
-            (joint,) = env.object_sites_dict[goal[1]].joints
-            q0 = float(episode.data.qpos[sim.model.joint(joint).qposadr[0]])
-            target = -0.15 if goal[0].lower() == "open" else 0.0
-            for share in (0.25, 0.5, 0.75, 1.0):
-                moved(
-                    episode,
-                    joint,
-                    q0 + share * (target - q0) + (0.004 if share == 1 and target == 0.0 else 0.0),
-                )
+    assert progress(episode) == pytest.approx(0.0, abs=0.01)
+    hand = episode.privileged()["eef_pos"]
+    seen = [0.0]
+    for goal, part in zip(goals, progress.parts, strict=True):
+        state = env.object_states_dict[goal[1]]
+        if len(goal) == 2:
+            owner = (
+                env.object_sites_dict[goal[1]]
+                if goal[0].lower() in ("open", "close")
+                else env.get_object(goal[1])
+            )
+            (joint,) = owner.joints
+            start = float(episode.data.qpos[sim.model.joint(joint).qposadr[0]])
+            end = {"open": -0.14, "close": 0.0, "turnon": 0.5}[goal[0].lower()]
+            for share in (0.25, 0.5, 0.75):
+                put(episode, joint, start + share * (end - start))
+                assert part(hand)[1] == pytest.approx(share, abs=0.03) and not env._eval_predicate(goal)
                 seen.append(progress(episode))
-            assert env._eval_predicate(goal)
+            put(episode, joint, end + 0.005 * np.sign(end - start))
         else:
-            place = env.object_states_dict[goal[2]].get_geom_state()["pos"]
-            address = sim.model.joint(env.get_object(goal[1]).joints[0]).qposadr[0]
-            start = episode.data.qpos[address : address + 3].copy()
+            (joint,) = env.get_object(goal[1]).joints
+            place = np.array(env.object_states_dict[goal[2]].get_geom_state()["pos"])
+            start = np.array(state.get_geom_state()["pos"])
+            assert len(part(hand)) == (2 if suite == "libero_goal" else 3)  # a plate is pushed, a bowl lifted
             for share in (0.5, 1.0):
-                where = start + share * (place - start) + [0, 0, 0.1 if share < 1 else 0.0]
-                for k in range(3):
-                    moved_to = where[k]
-                    episode.data.qpos[address + k] = moved_to
-                moved(episode, env.robots[0].robot_joints[0], episode.data.qpos[0])
+                put(episode, joint, *(start + share * (place - start) * [1, 1, 0] + [0, 0, 0.05 * share]))
+                parts = part(hand)
+                assert parts[-1] == pytest.approx(share, abs=0.03)
+                assert len(parts) == 2 or parts[1] == pytest.approx(share, abs=0.03)
                 seen.append(progress(episode))
-    assert (np.diff(seen) >= 0).all() and seen[-1] > 0.45 * 1 and max(seen) <= 1.0
+            put(episode, joint, *place)
+        seen.append(progress(episode))
+        assert part(hand)[-1] == 1.0
+        assert kinds == ["on"] or env._eval_predicate(goal)
+    assert (np.diff(seen) >= 0).all() and max(seen) <= 1.0
+    best = np.concatenate(progress.best)
+    assert (
+        progress(episode) == pytest.approx(np.mean([best.mean() for best in progress.best]))
+        and best.max() == 1.0
+    )
     sim.close()
