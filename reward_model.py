@@ -16,8 +16,6 @@ at which positives occur (`models.answer.score_of`), enters the reward through `
     python reward_model.py train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
     python reward_model.py score --demos ... --rprm <rprm> --plot out/scores     scores of recorded trajectories
     python -m bench rprm --rprm <rprm> --policy <sft>                            is it safe to optimise? (simulator)
-
-Reading order: settings, pseudo labels, shaping, the model, scoring a rollout, training (Eq. 3), the commands.
 """
 
 # ruff: noqa: E402 (flags come before the slow imports, so that --help and a mistyped flag answer at once)
@@ -36,9 +34,6 @@ class DataArgs(LabelRule):
     limit: int | None = flag(None, "at most this many trajectories of each file of --demos", min=1)
     skip: int = flag(0, "leave out so many at the start of each file, such as those trained on", min=0)
 
-    def rule(self):
-        return LabelRule(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LabelRule)})
-
 
 @dataclass
 class LabelArgs(DataArgs):
@@ -48,7 +43,7 @@ class LabelArgs(DataArgs):
 @dataclass
 class RecordArgs:
     suite: str = flag("libero_object", "LIBERO suite to roll out on")
-    policy: str = flag("checkpoints/libero_object/policy", "policy checkpoint that acts")
+    policy: str | None = flag(None, "policy checkpoint that acts", default="checkpoints/SUITE/policy")
     out: Path = flag(Path("data/rollouts"), "directory; files go to OUT/success and OUT/failure, one a task")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(100, "episodes per task, from random placements", min=1)
@@ -60,8 +55,8 @@ class RecordArgs:
 @dataclass
 class TrainArgs(DataArgs):
     suite: str = flag("libero_object", "suite whose action statistics the policy's checkpoint is read with")
-    policy: str = flag(
-        "checkpoints/libero_object/policy", "SFT checkpoint to start from: directory or hub id"
+    policy: str | None = flag(
+        None, "SFT checkpoint to start from, or a hub id", default="checkpoints/SUITE/policy"
     )
     vlm: str | None = flag(None, "instead: a VLM of transformers, by LoRA; --policy gives action statistics")
     out: Path = flag(Path("runs/rprm"), "directory for the reward model")
@@ -111,6 +106,7 @@ if __name__ == "__main__":
 import itertools
 import json
 import math
+import shutil
 
 import h5py
 import numpy as np
@@ -118,13 +114,13 @@ import torch
 import torch.nn.functional as F
 
 from demos import demo_files, demo_path, read_demos, write_demos
+from models.adapters import LORA_TARGETS, Adapter, base_fingerprint, read_tensors_for, save_adapter
 from models.answer import answer_token_ids, prior_of, score_of
-from models.lora import add_adapter, merge_adapter, save_adapter
 from models.vlm import VLM
 from policy import ACTION_DIM, OpenVLA, policy_convention
 from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
 from support.errors import UserError, explain_out_of_memory, main_guard
-from support.files import atomic_write, fingerprint, read_json, safe_name
+from support.files import atomic_write, read_json, safe_name
 from support.metrics import auroc, binary_metrics, in_words, without_nan
 from support.quiet import progress_bar
 
@@ -176,7 +172,7 @@ class RPRM:
         self.model, self.info = model.eval().requires_grad_(False), info
         self.token_ids = answer_token_ids(lambda text: [model.tokenizer.token_to_id(text)])
         self.prior, self.adapter = prior_of(info), None
-        self.parameters = list(model.language_model.parameters())
+        self.parameters = list(model.language_model.parameters())  # what `fit` changes; see `shares_vision`
         # An embedding of a picture takes 12 kB in half precision at the tiny size, but 2 MB at 7B.
         self.keeps_frames = 2 * model.num_patches * model.text["hidden_size"] > 256 * 256 * 3
 
@@ -188,17 +184,20 @@ class RPRM:
             raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give train's --out")
         info = read_json(path)
         if "vlm" in info:
-            raise UserError(
-                f"{directory} is a tuned VLM; this needs an RPRM, made from the policy without --vlm"
-            )
+            raise UserError(f"{directory} is a tuned VLM, where an RPRM made from the policy is needed")
         if "adapter" not in info:
             return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), info)
-        base = info["adapter"]["base"]
-        model = OpenVLA.from_pretrained(base, dtype=dtype, device=device)
-        if fingerprint(base) != info["adapter"]["fingerprint"]:
-            raise UserError(f"{base} is not the policy that the adapter in {directory} was trained on")
-        merge_adapter(model, directory)
-        return cls(model, info)
+        base, rank = info["adapter"]["base"], info["adapter"]["rank"]
+        reward_model = cls(OpenVLA.from_pretrained(base, dtype=dtype, device=device), info)
+        reward_model.add_adapter(base, rank)
+        file, adapter = Path(directory) / "adapter" / "adapter_model.safetensors", reward_model.adapter
+        parameters = {f"base_model.model.{name}": p for name, p in adapter.named_parameters().items()}
+        for parameter, tensor in read_tensors_for(file, parameters, reward_model.fingerprint):
+            parameter.data.copy_(tensor)
+        for layer in adapter.layers.values():
+            layer.merge()
+        reward_model.model.requires_grad_(False)
+        return reward_model
 
     @torch.no_grad()
     def score(self, input_ids, attention_mask, action_tokens=None, **images):
@@ -218,15 +217,13 @@ class RPRM:
         """
         if action_tokens is None:
             action_tokens = input_ids.new_full((len(input_ids), ACTION_DIM), self.token_ids[1])
-        return self.model.text_after_actions_logits(
-            input_ids, attention_mask, action_tokens, token_ids=token_ids, **images
-        ).float()
+        prompt = (input_ids, attention_mask, action_tokens)
+        return self.model.text_after_actions_logits(*prompt, token_ids=token_ids, **images).float()
 
     def shares_vision(self, policy):
         """True when the OpenVLA `policy` computes the same patch embeddings, so that one vision pass can serve both in a
         rollout. `train` leaves the vision side of the SFT policy as it was, for this reason."""
-        states = (model.state_dict().items() for model in (self.model, policy))
-        # Both towers and the projector.
+        states = (model.state_dict().items() for model in (self.model, policy))  # of towers and projector:
         mine, theirs = ({k: v for k, v in state if not k.startswith("language_model.")} for state in states)
         return mine.keys() == theirs.keys() and all(torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine)
 
@@ -249,13 +246,13 @@ class RPRM:
             return torch.from_numpy(np.ascontiguousarray(frames))
         return embed_frames(self.model, frames).to("cpu", torch.float16)
 
-    def encode_actions(self, actions, unnorm_key):
+    def encode_actions(self, actions, suite):
         """Actions (n, 7) in the policy's convention -> what `Examples` keeps of them: action tokens (n, 7) int64."""
-        return torch.from_numpy(self.model.encode_actions(actions, unnorm_key))
+        return torch.from_numpy(self.model.encode_actions(actions, self.model.unnorm_key_for(suite)))
 
-    def decode_actions(self, actions, unnorm_key):
+    def decode_actions(self, actions, suite):
         """Inverse of `encode_actions` up to rounding: (n, 7) float64."""
-        return self.model.decode_actions(actions, unnorm_key)
+        return self.model.decode_actions(actions, self.model.unnorm_key_for(suite))
 
     def answer_logits(self, batch, hidden, whole_vocabulary=False):
         """Logits of the tokens "1" and "0" (B, 2), or of all tokens (B, V), for the Examples `batch`; with gradient.
@@ -269,14 +266,14 @@ class RPRM:
 
     def add_adapter(self, base, rank):
         """Train a LoRA adapter of the language model instead of all its weights: 7B then fits one GPU. base: its path."""
-        self.parameters, self.adapter = add_adapter(self.model, rank)
-        self.model.gradient_checkpointing = True
-        self.info = {"adapter": {"base": str(base), "fingerprint": fingerprint(base)}}
-        return self
+        from peft import LoraConfig  # late: seconds to import, and few need it
 
-    def trainable_parameters(self):
-        """The parameters that `fit` changes. The vision side stays the policy's; see `shares_vision`."""
-        return self.parameters
+        self.fingerprint = base_fingerprint(self.model)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS["language"])
+        self.adapter = Adapter(self.model, "rprm", config)
+        self.parameters = list(self.adapter.named_parameters().values())
+        self.model.gradient_checkpointing = True
+        self.info = {**self.info, "adapter": {"base": str(base), "rank": rank}}
 
     def save(self, directory, info):
         """A checkpoint in the official layout with rprm.json in it; or the adapter in peft's format, rprm.json last."""
@@ -285,7 +282,9 @@ class RPRM:
             self.model.side_files["rprm.json"] = text.encode()
             self.model.save_pretrained(directory)
         else:
-            save_adapter(self.model, self.adapter, directory)
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(Path(directory) / "adapter", ignore_errors=True)
+            save_adapter(Path(directory) / "adapter", self.adapter, self.fingerprint)
             atomic_write(Path(directory) / "rprm.json", text)
 
 
@@ -303,9 +302,9 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
         is_vlm = "vlm" in read_json(info)
     elif config.is_file():
         is_vlm = '"openvla"' not in config.read_text(errors="replace")
-    else:  # owner/name on the hub?
-        is_vlm = not (
-            folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parent.is_dir()
+    else:  # a name on the hub: owner/name
+        is_vlm = len(folder.parts) == 2 and not (
+            folder.exists() or folder.is_absolute() or folder.parent.is_dir()
         )
     return (VLM if is_vlm else RPRM).from_pretrained(path, dtype=dtype, device=device)
 
@@ -328,9 +327,7 @@ def load_reward_model(path, policy, mode, dtype=torch.float32, device="cpu"):
         return RolloutScorer(reward_model, "frames", policy_model.action_tokenizer.levels)
     sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_model)]
     if sizes[0] != sizes[1]:
-        raise UserError(
-            f"{path} was trained from another model than the policy: images or vocabularies differ"
-        )
+        raise UserError(f"{path} was trained from another model than the policy: image or vocabulary differ")
     if not policy.vision_frozen:
         return RolloutScorer(reward_model, "pixel_values")
     shared = reward_model.shares_vision(policy_model)
@@ -417,7 +414,7 @@ class Examples:
         return Examples([self.instructions[i] for i in rows.tolist()], *(x[rows] for x in tensors))
 
 
-def make_examples(reward_model, trajectories, unnorm_key, summary):
+def make_examples(reward_model, trajectories, suite, summary):
     """The rows of `labelled` trajectories that carry a label -> Examples."""
     instructions, parts = [], []
     for number, (trajectory, result) in enumerate(trajectories):
@@ -426,7 +423,7 @@ def make_examples(reward_model, trajectories, unnorm_key, summary):
             continue
         instructions += [trajectory["instruction"]] * len(rows)
         images = reward_model.encode_images(trajectory["frames"][rows])
-        actions = reward_model.encode_actions(policy_convention(trajectory["actions"][rows]), unnorm_key)
+        actions = reward_model.encode_actions(policy_convention(trajectory["actions"][rows]), suite)
         labels = torch.from_numpy(result.labels[rows]).float()
         parts.append((images, actions, labels, torch.full((len(rows),), number)))
     if not parts:
@@ -493,7 +490,7 @@ def fit(
 
     Returns (metrics of the kept epoch with "epoch", list of metrics by epoch; entry 0 is before training).
     """
-    parameters = reward_model.trainable_parameters()
+    parameters = reward_model.parameters
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
@@ -568,12 +565,11 @@ def plot(directory, trajectory, result, scores=None):
 
 def labelled(args, summary, successes=None, failures=None):
     """Yield (trajectory, `Labels`) of --demos, and of the other two where given. Counts into `summary`."""
-    rule = args.rule()
     for path, limit, skip, success in (
         (args.demos, args.limit, args.skip, True), (successes, None, 0, True), (failures, None, 0, False)
     ):  # fmt: skip
         for trajectory in read_trajectories(path, limit, success, skip) if path else ():
-            result = label(trajectory, rule)
+            result = label(trajectory, args)
             summary.add(result)
             yield trajectory, result
 
@@ -588,22 +584,19 @@ def run_label(args):
 
 def deciding(model, suite, temperature, seed):
     """The policy of an OpenVLA for `simulator.recording`: (frames, instruction) -> action tokens and actions (n, 7)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, unnorm_key = torch.Generator().manual_seed(seed), model.unnorm_key_for(suite)
 
     def decide(frames, instruction):
         input_ids, attention_mask = model.tokenize([instruction] * len(frames))
-        images, how = embed_frames(model, frames), {"temperature": temperature, "generator": generator}
-        tokens = model.generate_actions(
-            input_ids, None, attention_mask, patch_embeddings=images, **how
-        ).tokens
-        return tokens.cpu(), model.decode_actions(tokens, suite)
+        how = dict(temperature=temperature, generator=generator, patch_embeddings=embed_frames(model, frames))
+        tokens = model.generate_actions(input_ids, None, attention_mask, **how).tokens
+        return tokens.cpu(), model.decode_actions(tokens, unnorm_key)
 
     return decide
 
 
 def run_record(args):
-    # Late: LIBERO takes seconds to import, and is needed by this command alone.
-    from simulator.recording import runs_by_task
+    from simulator.recording import runs_by_task  # late: LIBERO takes seconds to import
     from simulator.suites import check_task_ids
 
     task_ids = check_task_ids(args.suite, args.task_ids)
@@ -629,11 +622,12 @@ def write_runs(directory, sim, runs, action_repeat):
 
 
 def run_train(args):
+    torch.manual_seed(args.seed)  # of an adapter's first weights
     adapter = args.lora_rank is not None or args.vlm is not None
-    # Of frozen weights; what is trained is float32.
-    dtype = torch.bfloat16 if adapter and args.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if adapter and args.device == "cuda" else torch.float32  # of frozen weights
     if args.vlm:
-        statistics = OpenVLA.from_pretrained(args.policy).action_statistics(args.suite)
+        policy = OpenVLA.from_pretrained(args.policy)
+        statistics = policy.action_statistics(policy.unnorm_key_for(args.suite))
         reward_model = VLM.from_pretrained(args.vlm, dtype, args.device)
         reward_model.add_adapter(args.vlm, statistics, args.lora_rank or 16)
     else:
@@ -642,9 +636,8 @@ def run_train(args):
             reward_model.add_adapter(args.policy, args.lora_rank)
 
     summary = LabelSummary()
-    bar = progress_bar(
-        labelled(args, summary, args.successes, args.failures), desc="label and embed", unit="trajectory"
-    )
+    trajectories = labelled(args, summary, args.successes, args.failures)
+    bar = progress_bar(trajectories, desc="label and embed", unit="trajectory")
     examples = make_examples(reward_model, bar, args.suite, summary)
     print(summary)
     held_out = split(examples, args.held_out, args.seed)
@@ -660,14 +653,15 @@ def run_train(args):
     shortcut = auroc(-np.linalg.norm(moves, axis=1), examples.labels[held_out].numpy())
     best = {**best, "auroc_small_command": shortcut}
     info = {
-        "label_rule": dataclasses.asdict(args.rule()), "labels": str(summary), "suite": args.suite, "policy": str(args.policy),
+        "label_rule": {f.name: getattr(args, f.name) for f in dataclasses.fields(LabelRule)}, "labels": str(summary), "suite": args.suite, "policy": str(args.policy),
         "data": {name: str(getattr(args, name)) for name in ("demos", "successes", "failures") if getattr(args, name)},
         "train_rows": int((~held_out).sum()), "training": options, "held_out": best, "history": history,
     }  # fmt: skip
     reward_model.save(args.out, without_nan(info))
     print(
-        f"held out ({best['rows']} rows, epoch {best['epoch']}): {in_words(best)}\nfor comparison, AUROC of the image without the action {best['auroc_state_only']:.3f}, "
-        f"of a small command alone {best['auroc_small_command']:.3f}\nsaved {args.out}"
+        f"held out ({best['rows']} rows, epoch {best['epoch']}): {in_words(best)}\nfor comparison, AUROC of the "
+        f"image without the action {best['auroc_state_only']:.3f}, of a small command alone {shortcut:.3f}\n"
+        f"saved {args.out}"
     )
 
 
@@ -685,14 +679,11 @@ def run_score(args):
         if args.plot:
             plot(args.plot, trajectory, result, scores)
     if not records:
-        raise UserError(
-            f"{args.demos} has no trajectory after the first {args.skip} of each file: lower --skip"
-        )
+        raise UserError(f"{args.demos}: no trajectory after the first {args.skip} of each file: lower --skip")
     scores, labels = (np.concatenate([r[key] for r in records]) for key in ("scores", "labels"))
     scores, labels = scores[labels != IGNORED], labels[labels != IGNORED] == POSITIVE
-    print(
-        f"{summary}\nagainst the pseudo labels ({len(labels)} rows): {in_words(binary_metrics(scores, labels))}"
-    )
+    print(summary)
+    print(f"against the pseudo labels ({len(labels)} rows): {in_words(binary_metrics(scores, labels))}")
     if args.json:
         atomic_write(args.json, json.dumps(records))
 
@@ -700,6 +691,8 @@ def run_score(args):
 @main_guard
 def main(command, args):
     run = {"label": run_label, "record": run_record, "train": run_train, "score": run_score}[command]
+    if "policy" in vars(args):
+        args.policy = args.policy or f"checkpoints/{args.suite}/policy"
     if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     with explain_out_of_memory("use --device cpu, or a lower --batch-size or --micro-batch-size for train"):

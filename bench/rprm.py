@@ -43,10 +43,8 @@ from support.metrics import auroc, auroc_interval, kendall, mean, spearman, with
 @dataclass
 class Args:
     suite: str = flag("libero_object", "LIBERO suite to roll out on")
-    rprm: str = flag(
-        "checkpoints/libero_object/rprm", "reward model: directory of an RPRM or tuned VLM, or a stock VLM"
-    )
-    policy: str = flag("checkpoints/libero_object/policy", "policy checkpoint that acts, or several: A,B,C")
+    rprm: str | None = flag(None, "RPRM, tuned VLM, or a stock VLM's name", default="checkpoints/SUITE/rprm")
+    policy: str | None = flag(None, "policy that acts, or several: A,B,C", default="checkpoints/SUITE/policy")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(5, "episodes per task and policy, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
@@ -102,10 +100,8 @@ class TaskProgress:
         position = lambda state: np.array(state.get_geom_state()["pos"])  # noqa: E731
         start, target = position(thing), position(place)
         reach0, carry0 = np.linalg.norm(start - hand), np.linalg.norm((start - target)[:2])
-        on_table = (
-            place.object_state_type == "site"
-            and getattr(place, "parent_name", None) == self.env.workspace_name
-        )
+        # A region of the table belongs to no object.
+        on_table = place.object_state_type == "site" and self.env.get_object(place.parent_name) is None
 
         def part(hand):
             now, target = position(thing), position(place)  # a drawer takes its inside along
@@ -212,7 +208,7 @@ def shaped_return(run, mode, weight, gamma):
     return float((gamma ** np.arange(T) * rewards).sum())
 
 
-def loiter(reward_model, model, sim, runs, limit, unnorm_key):
+def loiter(reward_model, model, sim, runs, limit, suite):
     """For each successful run, the same agent hovering from its best-scored step on until the limit -> list of runs.
 
     It holds its position and its gripper. This is what an agent that maximises `sum` is tempted to do.
@@ -224,7 +220,7 @@ def loiter(reward_model, model, sim, runs, limit, unnorm_key):
         episodes[-1].set_state(run["states"][t])
         actions.append(np.array([0, 0, 0, 0, 0, 0, float(run["actions"][t][6] > 0.5)]))
     actions = np.array(actions)
-    tokens = torch.from_numpy(model.encode_actions(actions, unnorm_key))
+    tokens = torch.from_numpy(model.encode_actions(actions, model.unnorm_key_for(suite)))
     hover = lambda rows, _: (tokens[rows], actions[rows])  # noqa: E731
     tails = play(episodes, limit - min(starts), model.action_repeat, hover)
     result = []
@@ -383,8 +379,9 @@ def measure(args):
     task_ids = check_task_ids(args.suite, args.task_ids)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    reward_model = read_reward_model(args.rprm, device=args.device)
-    names = args.policy.split(",")
+    rprm = args.rprm or f"checkpoints/{args.suite}/rprm"
+    reward_model = read_reward_model(rprm, device=args.device)
+    names = (args.policy or f"checkpoints/{args.suite}/policy").split(",")
     runs, limits, policies, hovers = [], [], [], []
     for name in names:
         model = OpenVLA.from_pretrained(name, device=args.device)
@@ -404,7 +401,7 @@ def measure(args):
     results = {
         "suite": args.suite,
         "task_ids": task_ids,
-        "rprm": args.rprm,
+        "rprm": rprm,
         "temperature": args.temperature,
         "seed": args.seed,
     }

@@ -154,12 +154,13 @@ class VLM:
         }
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
         self.model = get_peft_model(self.model, config).eval()
+        self.parameters = [p for name, p in self.model.named_parameters() if "lora_" in name]
         return self
 
     def encode_images(self, frames):
         return torch.from_numpy(np.ascontiguousarray(frames))
 
-    def encode_actions(self, actions, unnorm_key=None):
+    def encode_actions(self, actions, suite=None):
         """Actions (n, 7) in the policy's convention -> bins (n, 7) int64, by the statistics that it was tuned with; None
         for a stock model, which is shown none."""
         if self.info is None:
@@ -168,16 +169,13 @@ class VLM:
         x = np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
         return torch.from_numpy(np.digitize(np.clip(x, -1.0, 1.0), EDGES).astype(np.int64) - 1)
 
-    def decode_actions(self, bins, unnorm_key=None):
+    def decode_actions(self, bins, suite=None):
         low, high, mask = self._statistics()
         x = CENTRES[bins.numpy()]
         return np.where(mask, 0.5 * (x + 1) * (high - low) + low, x)
 
     def _statistics(self):
         return (np.array(self.info["action"][name]) for name in ("q01", "q99", "mask"))
-
-    def trainable_parameters(self):
-        return [p for name, p in self.model.named_parameters() if "lora_" in name]
 
     def answer_logits(self, batch, hidden, whole_vocabulary=False):
         rows = zip(batch.instructions, batch.actions.tolist(), hidden.tolist(), strict=True)

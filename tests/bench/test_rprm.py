@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from rprm_toys import STATS, copy_of
+from rprm_toys import STATS, copy_of, make_qwen
 
 import reward_model as rm
 from bench import rprm
@@ -226,7 +226,8 @@ def test_progress_of_every_kind_of_goal(suite, task_id, kinds):
     assert progress(episode) == pytest.approx(0.0, abs=0.01)
     hand = episode.privileged()["eef_pos"]
     seen = [0.0]
-    for goal, part in zip(goals, progress.parts, strict=True):
+    # Objects before joints: a drawer takes the place inside along.
+    for goal, part in sorted(zip(goals, progress.parts, strict=True), key=lambda pair: -len(pair[0])):
         state = env.object_states_dict[goal[1]]
         if len(goal) == 2:
             owner = (
@@ -264,3 +265,22 @@ def test_progress_of_every_kind_of_goal(suite, task_id, kinds):
         and best.max() == 1.0
     )
     sim.close()
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_a_vlm_is_measured_too(tmp_path):
+    """The whole command, with a stock VLM and two policies that only flail."""
+    model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
+    model.norm_stats["libero_object"] = {"action": STATS["toy"]["action"]}
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+    qwen = make_qwen(tmp_path / "qwen")
+    policies = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    args = rprm.Args(rprm=str(qwen), policy=policies, task_ids=[0], episodes_per_task=1)
+    results = json.loads(json.dumps(rprm.measure(args), allow_nan=False))
+    assert results["episodes"] == 2 and len(results["policies"]) == 2
+    clock = results["follows_the_task"]["clock"]
+    assert 0 < clock["error"] < 1 and set(results["kendall_tau"]) == set(results["follows_the_task"])
+    assert set(results["loitering"]) == set(rm.MODES)
+    rprm.show(results)
