@@ -16,6 +16,11 @@ Held-out loss and accuracy are measured on whole demonstrations that were left o
 
     python sft.py --suite libero_object --data data --out checkpoints/libero_object/policy
     python sft.py --resume checkpoints/libero_object/policy              # go on exactly where a training was stopped
+
+At 7B adapters are trained instead of the weights, with the official recipe, on one GPU or, by torchrun, several:
+
+    python sft.py --init openvla/openvla-7b --lora-rank 32 --lr 5e-4 --label-sigma 0 --jitter 1 --ema 0 --batch-size 128 \
+        --micro-batch-size 8 --gradient-checkpointing --merge --suite libero_goal --data official-files --out runs/goal-7b
 """
 
 from dataclasses import asdict, dataclass
@@ -32,7 +37,19 @@ class Args:
     init: str | None = flag(None, "checkpoint to start from", default="openvla-tiny, random weights")
     max_demos: int = flag(0, "use only so many demonstrations per task; 0 = all", min=0)
     steps: int = flag(8000, "optimiser steps", min=1)
-    batch_size: int = flag(32, "frames per optimiser step", min=1)
+    batch_size: int = flag(32, "frames per optimiser step, over all ranks", min=1)
+    micro_batch_size: int | None = flag(None, "frames per backward pass (memory only)", min=1, default="all")
+    lora_rank: int = flag(
+        0, "train adapters of this rank on all linear layers; 0 = all weights", min=0, max=4096
+    )
+    lora_alpha: int = flag(16, "their scale is alpha / rank", min=1)
+    merge: bool = flag(
+        False, "with --lora-rank: write the merged policy too, which eval.py and train.py load"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    dtype: str = flag("auto", "of frozen weights", choices=("auto", "bfloat16", "float32"))
     lr: float = flag(1e-3, "peak learning rate (AdamW); cosine decay to 2 %", min=0)
     warmup: int = flag(200, "steps of linear learning-rate warm-up", min=1)
     weight_decay: float = flag(0.05, "AdamW weight decay of the matrices", min=0)
@@ -69,17 +86,24 @@ import torch
 from tqdm import tqdm
 
 import demos
-from envs import NUM_INIT_STATES, LiberoVecEnv
+from envs import NUM_INIT_STATES
 from eval import evaluate
 from models.images import crop_and_normalize, resize_frames
-from policy import OpenVLA, build_tiny, explain_out_of_memory, policy_convention
+from policy import ActorCritic, OpenVLA, build_tiny, explain_out_of_memory, policy_convention
 from simulator.suites import num_tasks
-from support.cli import parse_settings
+from support.distributed import ALONE, ends_together, join
 from support.errors import UserError, main_guard
-from support.files import atomic_write, read_json
+from support.files import atomic_write
 from support.machine import seed_everything
 from support.quiet import progress_bar
-from support.training import StopRequest, load_state, plot_imitation, save_state
+from support.training import (
+    StopRequest,
+    load_state,
+    make_directory,
+    open_directory,
+    plot_imitation,
+    save_state,
+)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Data
@@ -200,15 +224,18 @@ def action_loss(logits, bins, sigma, soft):
 
 
 class Training:
-    """What training changes: weights, their average, optimiser, generator, step and log. `state_dict` is all of it."""
+    """What training changes: weights, their average, optimiser, generator, step and log. `state_dict` is all of it.
 
-    def __init__(self, args, model, data):
-        self.args, self.model, self.data = args, model, data
+    weights: {name: parameter} of what is trained. Several ranks draw the same random numbers, and each computes its share
+    of every mini-batch, so that the steps are those of a single process.
+    """
+
+    def __init__(self, args, model, weights, data, ranks=ALONE):
+        self.args, self.model, self.weights, self.data, self.ranks = args, model, weights, data, ranks
         self.generator = torch.Generator().manual_seed(args.seed)
         self.train_rows, self.held_rows = data.split(args.held_out, self.generator)
         self.tokens, self.soft = data.tokenize(model)
         self.input_ids, self.mask = model.tokenize(data.instructions)
-        self.weights = dict(model.named_parameters())
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
         matrices, others = (
             [p for p in self.weights.values() if (p.ndim >= 2) == wide] for wide in (True, False)
@@ -241,13 +268,19 @@ class Training:
         rows = self.train_rows[drawn]
         pixels = crop_and_normalize(self.data.images(rows), "random", args.jitter, self.generator)
 
-        loss = self.loss_and_logits(rows, pixels)[0].mean()
+        # The loss is a mean over the mini-batch, its gradient the sum over micro-batches and ranks.
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, own = [], torch.arange(args.batch_size)[self.ranks.rank :: self.ranks.size]
+        for micro in own.split(args.micro_batch_size or args.batch_size):
+            loss = self.loss_and_logits(rows[micro], pixels[micro])[0].mean() * (len(micro) / args.batch_size)
+            loss.backward()
+            losses.append(loss.detach())
+        loss = self.ranks.sum_(torch.stack(losses).sum())
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {loss.item()} at step {step}: lower --lr; the last checkpoint is intact"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.ranks.sum_gradients_(self.weights.values())
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimizer.step()
 
@@ -279,13 +312,14 @@ class Training:
         if not len(self.held_rows):
             return {}
         sums = torch.zeros(4)
-        for rows in self.held_rows.split(256):
+        own = self.held_rows[self.ranks.rank :: self.ranks.size]
+        for rows in own.split(self.args.micro_batch_size or 256) if len(own) else ():
             loss, logits, bins = self.loss_and_logits(rows, crop_and_normalize(self.data.images(rows)))
             off = (logits.argmax(-1) - bins).abs()
             exact, near = (off == 0).float(), (off <= 5).float()
             sums += torch.stack((loss.mean(1), exact.mean(1), near.mean(1), exact[:, 6])).sum(1).cpu()
         names = ("loss", "accuracy", "accuracy_within_5_bins", "gripper_accuracy")
-        means = (sums / len(self.held_rows)).tolist()
+        means = (self.ranks.sum_(sums) / len(self.held_rows)).tolist()
         return {f"held_out_{name}": round(mean, 4) for name, mean in zip(names, means, strict=True)}
 
     _COUNTERS = ("step", "seconds", "running_loss", "log")
@@ -315,84 +349,95 @@ class Training:
         return [self.data.num_demos, len(self.data.actions), float(self.data.actions.sum())]
 
 
-def success_rate(args, model, environments):
+def success_rate(args, model, ranks):
     """Success in closed loop on the first protocol states of every task, mean over the suites.
 
     These are states that eval.py plays, so that the numbers compare. That is fair as long as nothing is chosen by it: what
-    is saved is always the last average. environments: {suite: LiberoVecEnv}, filled here when first needed, because
-    building the tasks takes longer than playing them.
+    is saved is always the last average. Temperature 1: as reinforcement learning will sample.
     """
     rates = []
     for suite in args.suite.split(","):
         task_ids = list(range(min(num_tasks(suite), args.eval_episodes)))
         per_task = min(NUM_INIT_STATES, args.eval_episodes // len(task_ids))
-        if suite not in environments:
-            n = min(16, per_task * len(task_ids))
-            environments[suite] = LiberoVecEnv(
-                suite, n, task_ids, action_repeat=model.action_repeat, progress=False
-            )
-        # Temperature 1: as reinforcement learning will sample.
-        result = evaluate(model, suite, task_ids, per_task, envs=environments[suite], temperature=1.0)
-        rates.append(result.success_rate)
+        rates.append(
+            evaluate(model, suite, task_ids, per_task, 16, temperature=1.0, ranks=ranks).success_rate
+        )
     return float(np.mean(rates))
 
 
-def open_directory(args):
-    """(args, directory, the file with what --resume needs): with --resume the settings are those of that training."""
-    out = Path(args.resume or args.out)
-    state = out / "training.pt"  # there until the training is done
-    if args.resume:
-        args = parse_settings(Args, read_json(out / "sft_log.json").get("args"), out / "sft_log.json")
-        if not state.exists():
-            raise UserError(f"{out} holds no unfinished training: {state} is missing")
-    elif state.exists():
-        raise UserError(f"{out} holds an unfinished training: --resume {out}, or another --out")
-    return args, out, state
+def prepare_model(args, device):
+    """(OpenVLA, {name: parameter} of what is trained, function that writes the policy to a directory)."""
+    if args.dtype == "bfloat16" and not args.lora_rank:
+        raise UserError(
+            "--dtype bfloat16 is for frozen weights: give --lora-rank too (an Adam step is below its rounding)"
+        )
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    if args.dtype == "auto" and args.lora_rank and device != "cpu":
+        dtype = torch.bfloat16
+    if args.init:
+        model = OpenVLA.from_pretrained(args.init, dtype=dtype, device=device)
+    else:
+        model = build_tiny(args.seed, device=device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    if not args.lora_rank:
+        return model, dict(model.named_parameters()), model.save_pretrained
+    actor = ActorCritic(model, args.lora_rank, args.lora_alpha, "all", critic="none")
+
+    def save(out):
+        """The adapter in peft's format, and the statistics that its actions are read with; with --merge the whole policy."""
+        actor.save_adapters(out / "adapters")
+        atomic_write(out / "dataset_statistics.json", json.dumps(model.norm_stats, indent=1))
+        if args.merge:
+            actor.save_policy(out)
+
+    return model, actor.policy.named_parameters(), save
 
 
 @main_guard
+@ends_together
 def main(args):
+    ranks = join()  # this process among those of torchrun; alone, each of its methods is the identity
     resumed = args.resume is not None
-    args, out, state = open_directory(args)
+    args, out, state = open_directory(args)  # with --resume the settings are those of that training
+    if args.batch_size < ranks.size:
+        raise UserError(f"--batch-size {args.batch_size} leaves some of {ranks.size} ranks without a frame")
     if args.threads:
         torch.set_num_threads(args.threads)
     seed_everything(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.init:
-        model = OpenVLA.from_pretrained(args.init, device=device)
-    else:
-        model = build_tiny(args.seed, device=device)
+    with explain_out_of_memory("lower --lora-rank, or use --dtype bfloat16"):
+        model, weights, save_policy = prepare_model(args, ranks.device)
+    ranks.broadcast_(weights.values())
     suites = args.suite.split(",")
     sources = {suite: Path(args.data) / suite for suite in suites}
     if len(suites) == 1 and not sources[args.suite].is_dir():
         sources = {args.suite: args.data}
     data = Dataset(sources, model.image_size, model.action_repeat, args.max_demos)
-    training = Training(args, model, data)
+    training = Training(args, model, weights, data, ranks)
     if resumed:
         load_state(training, state)
-    print(
+    ranks.print0(
         f"sft: {len(training.train_rows)} frames of {data.num_demos} demonstrations, {len(data.instructions)} "
-        f"instructions, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps of "
+        f"instructions, {sum(p.numel() for p in weights.values()) / 1e6:.2f} M trained parameters, {args.steps} steps of "
         f"{args.batch_size}" + (f"; resumed after step {training.step}" if resumed else "")
     )
 
     def save_log():
-        log = {"args": asdict(args), "log": training.log}
-        atomic_write(out / "sft_log.json", json.dumps(log, indent=1))
+        atomic_write(out / "sft_log.json", json.dumps({"args": asdict(args), "log": training.log}, indent=1))
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise UserError(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
-    save_log()  # the settings, for --resume
-    stop, environments, began = StopRequest(), {}, time.time() - training.seconds
+    stop, began = StopRequest(ranks.print0), time.time() - training.seconds
     steps = range(training.step + 1, args.steps + 1)
-    bar = progress_bar(steps, initial=training.step, total=args.steps, desc="sft", unit="step")
-    with explain_out_of_memory("lower --batch-size"):
+    show = ranks.is_main_process
+    if show:
+        make_directory(out)
+        save_log()  # the settings, for --resume
+    bar = progress_bar(
+        steps, initial=training.step, total=args.steps, desc="sft", unit="step", disable=not show
+    )
+    with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):
         for step in bar:
             training.train_step(step)
             training.seconds = time.time() - began
-            last = step == args.steps
+            last, stopping = step == args.steps, ranks.any(stop.requested)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{training.running_loss:.3f}", refresh=False)
             if last or step % args.save_every == 0:
@@ -405,23 +450,28 @@ def main(args):
                 with training.averaged_weights():
                     entry |= training.measure()
                     if args.eval_every and (last or step % args.eval_every == 0):
-                        entry["success_rate"] = success_rate(args, model, environments)
-                    model.save_pretrained(out)
+                        entry["success_rate"] = success_rate(args, model, ranks)
+                    if show:
+                        save_policy(out)
                 training.log.append(entry)
-                tqdm.write(
-                    "  ".join(
-                        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
+                if show:
+                    tqdm.write(
+                        "  ".join(
+                            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
+                        )
                     )
+                    save_log()
+                    plot_imitation(training.log, out / "sft.png")
+            if show and (last or stopping or step % args.save_every == 0):
+                save_state(training.state_dict(), state)
+            if stopping and not last:
+                ranks.print0(
+                    f"stopped after step {step}; go on with: python sft.py --resume {out}", file=sys.stderr
                 )
-                save_log()
-                plot_imitation(training.log, out / "sft.png")
-                save_state(training.state_dict(), state)
-            if stop.requested and not last:
-                save_state(training.state_dict(), state)
-                print(f"stopped after step {step}; go on with: python sft.py --resume {out}", file=sys.stderr)
                 sys.exit(130)
-    state.unlink()
-    print(f"saved {out}; evaluate it with: python eval.py --suite {suites[0]} --checkpoint {out}")
+    if show:
+        state.unlink()
+    ranks.print0(f"saved {out}; evaluate it with: python eval.py --suite {suites[0]} --checkpoint {out}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,37 @@ import os
 import pickle
 import signal
 import sys
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from support.cli import parse_settings
 from support.errors import UserError
+from support.files import read_json
+
+
+def open_directory(args):
+    """(args, directory, path of the state): with `--resume` the settings are those of the training in that directory.
+
+    The log there holds the settings; the state is there until the training is done. Raises UserError where there is nothing to
+    resume, or where a new training would overwrite an unfinished one.
+    """
+    out = Path(args.resume or args.out)
+    state, log = out / "training.pt", out / "sft_log.json"
+    if args.resume:
+        args = parse_settings(type(args), read_json(log).get("args"), log)
+        if not state.exists():
+            raise UserError(f"{out} holds no unfinished training: {state} is missing")
+    elif state.exists():
+        raise UserError(f"{out} holds an unfinished training: --resume {out}, or another --out")
+    return args, out, state
+
+
+def make_directory(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UserError(f"cannot write to {out}: {exc.strerror}; choose another --out") from exc
 
 
 def save_state(state, path):
@@ -40,8 +66,8 @@ def load_state(owner, path):
 class StopRequest:
     """Ctrl-C and SIGTERM set `requested`, which the loop reads after every step; a second one ends the process at once."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, print0=print):
+        self.requested, self.print0 = False, print0  # of several ranks, one speaks
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request)
 
@@ -49,7 +75,7 @@ class StopRequest:
         self.requested = True
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, signal.SIG_DFL)
-        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+        self.print0("\nstopping after this step (once more: at once)", file=sys.stderr, flush=True)
 
 
 def plot_imitation(log, path):

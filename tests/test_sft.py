@@ -12,10 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file
 
 import demos
 import sft
-from policy import OpenVLA, build_tiny, policy_convention
+from models.images import crop_and_normalize
+from models.tiny import tiny_tokenizer
+from policy import PROMPT, OpenVLA, build_tiny, policy_convention
 from support.errors import UserError
 from support.training import load_state, save_state
 
@@ -187,17 +192,17 @@ def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
     assert "holds no unfinished training" in _sft("--resume", tmp_path / "b", code=1).stderr
 
 
-def _training(inputs, tmp_path, **settings):
-    args = sft.Args(**{"held_out": 0.2, "batch_size": 4, **settings})
-    model = OpenVLA.from_pretrained(inputs[3])
+def _training(inputs, **settings):
+    args = sft.Args(**{"init": inputs[3], "held_out": 0.2, "batch_size": 4, **settings})
+    model, weights, save = sft.prepare_model(args, "cpu")
     data = sft.Dataset(
         {"libero_object": Path(inputs[1]) / "libero_object"}, model.image_size, model.action_repeat
     )
-    return sft.Training(args, model, data)
+    return sft.Training(args, model, weights, data), save
 
 
 def test_state_of_other_demonstrations_or_damaged_is_refused(inputs, tmp_path):
-    training, path = _training(inputs, tmp_path), tmp_path / "training.pt"
+    (training, _), path = _training(inputs), tmp_path / "training.pt"
     training.train_step(1)
     save_state(training.state_dict(), path)
     load_state(training, path)
@@ -255,3 +260,100 @@ def test_bad_data_is_one_line(tmp_path, kind):
     )
     assert run.returncode == 1 and "Traceback" not in run.stderr and not (tmp_path / "o").exists()
     assert ("demos.py" if kind == "no data" else "--action-repeat 4") in run.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Adapters, several ranks
+# --------------------------------------------------------------------------------------------------------------------
+
+OFFICIAL = ROOT / "tests" / "fixtures" / "openvla_tiny"  # a small OpenVLA in the official layout
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """Demonstrations of single control steps, as official files are, and the small official model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("official")
+    _write_demos(folder / "data" / "libero_object", repeat=1)
+    model = OpenVLA.from_pretrained(OFFICIAL)
+    tokenizer = tiny_tokenizer(
+        ["task", "0", "1"], PROMPT
+    )  # ids below the official vocabulary's end: all that is asked
+    model.side_files["tokenizer.json"] = tokenizer.to_str().encode()
+    model.save_pretrained(folder / "init")
+    return ["--data", str(folder / "data"), "--init", str(folder / "init")]
+
+
+def test_adapters_in_bfloat16_resume_exactly_and_merge(official, tmp_path):
+    """As at 7B: frozen bfloat16 weights, adapters in peft's format, micro-batches, recomputed activations."""
+    recipe = dict(
+        lora_rank=4,
+        dtype="bfloat16",
+        merge=True,
+        gradient_checkpointing=True,
+        label_sigma=0,
+        jitter=1.0,
+        ema=0,
+    )
+    sizes = dict(batch_size=6, micro_batch_size=4, lr=1e-2, warmup=1)
+    training, save = _training(official, **recipe, **sizes)
+    assert all(p.dtype == torch.float32 and "lora_" in name for name, p in training.weights.items())
+    base = {k: p.clone() for k, p in training.model.named_parameters() if "lora_" not in k}
+    assert {p.dtype for p in base.values()} == {torch.bfloat16}
+    for step in (1, 2):
+        training.train_step(step)
+    save_state(training.state_dict(), tmp_path / "training.pt")
+    for step in (3, 4):
+        training.train_step(step)
+
+    again, _ = _training(official, **recipe, **sizes)
+    load_state(again, tmp_path / "training.pt")
+    assert again.step == 2
+    for step in (3, 4):
+        again.train_step(step)
+    assert all(torch.equal(p, again.weights[name]) for name, p in training.weights.items())
+    assert all(torch.equal(p, base[k]) for k, p in training.model.named_parameters() if "lora_" not in k)
+
+    save(tmp_path / "out")
+    config = LoraConfig.from_pretrained(tmp_path / "out" / "adapters" / "policy")
+    assert config.r == 4 and load_peft_weights(
+        tmp_path / "out" / "adapters" / "policy", device="cpu"
+    ).keys() == {f"base_model.model.{name}" for name in training.weights}
+    merged = OpenVLA.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert (
+        merged.norm_stats.keys() >= {"libero_object"} and merged.unused
+    )  # what official files hold stays with them
+    rows = training.held_rows[:4]
+    pixels, prompt = crop_and_normalize(training.data.images(rows)), training.data.instruction[rows]
+    theirs = merged.action_logits(
+        training.input_ids[prompt], training.mask[prompt], training.tokens[rows], pixel_values=pixels
+    )
+    ours = training.loss_and_logits(rows, pixels)[1]
+    plain = OpenVLA.from_pretrained(official[3], dtype=torch.bfloat16)
+    start = plain.action_logits(
+        training.input_ids[prompt], training.mask[prompt], training.tokens[rows], pixel_values=pixels
+    )
+    assert (theirs - ours).abs().mean() < 0.1 * (
+        start - ours
+    ).abs().mean()  # bfloat16 rounds; the adapter is in
+
+
+def test_bfloat16_without_adapters_is_refused():
+    with pytest.raises(UserError, match="--lora-rank"):
+        sft.prepare_model(sft.Args(dtype="bfloat16"), "cpu")
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_steps_of_one(inputs, tmp_path):
+    flags = [*inputs, "--steps", 20, "--save-every", 10, "--batch-size", 7]
+    _sft(*flags, "--out", tmp_path / "one")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "sft.py"]
+    argv = [*torchrun, *map(str, flags), "--out", str(tmp_path / "two")]
+    run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    (_, log, statistics), (_, other, others) = _result(tmp_path / "one"), _result(tmp_path / "two")
+    assert statistics == others and [entry["step"] for entry in other] == [10, 20]
+    assert other[-1]["train_loss"] == pytest.approx(log[-1]["train_loss"], rel=1e-4)
+    assert other[-1]["held_out_loss"] == pytest.approx(log[-1]["held_out_loss"], abs=2e-4)
