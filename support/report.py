@@ -198,7 +198,7 @@ def write_video(path, frames, rewards, values, scores, ended, fps, first=0):
     """Rollout of one environment as mp4: decision, reward, value and RPRM score drawn on, the scores as a strip below.
 
     frames: T pictures (H, W, 3) uint8; rewards, values, scores (in [0, 1]): T numbers. ended: T times 1 for a success, -1 for
-    a cut episode, else 0. first: the number, in its episode, of the first decision.
+    a truncated episode, else 0. first: the number, in its episode, of the first decision.
     """
     from PIL import Image, ImageDraw
 
@@ -211,7 +211,7 @@ def write_video(path, frames, rewards, values, scores, ended, fps, first=0):
         pen.text(
             (4, 2),
             f"decision {step:2d}   reward {rewards[t]:+.2f}   value {values[t]:+.2f}   RPRM {scores[t]:.2f}"
-            + ("   success" if ended[t] > 0 else "   cut" if ended[t] < 0 else ""),
+            + ("   success" if ended[t] > 0 else "   truncated" if ended[t] < 0 else ""),
             fill=(255, 255, 255),
         )
         for k in range(T):  # the whole strip in grey, what has happened in green
@@ -309,7 +309,7 @@ def write_report(directory):
     results.json, videos/.
 
     One self-contained page: the result in a sentence, success curve, losses, curriculum, success per task before and after,
-    films, settings, how to resume. Whatever a file says is escaped. Returns the page's path.
+    films, settings, how to resume. Text from the files is escaped. Returns the page's path.
     """
     directory = Path(directory)
     config, lines, results = read_run(directory)
