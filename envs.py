@@ -2,23 +2,27 @@
 
 `train.py` needs no more than this of an environment, so another simulator can stand behind it (docs/forking.md has one):
 
-    num_envs, action_repeat      N; control steps per decision
-    reset(seed=…)                -> obs, info: a new episode everywhere
-    step(actions)                -> obs, reward, terminated, truncated, info: one decision of each of the N policies, (N, 7)
-    observation()                the obs of now
-    get_state(), set_state(x)    a flat dict of numpy arrays that resumes byte for byte, in the middle of episodes
-    timing                       seconds that the last step took: a dict
+    action_repeat                control steps per decision
+    reset(seed=…)                -> obs, info: a new episode in each of the N environments
+    observation()                -> obs: "agentview" (N, 256, 256, 3) uint8, "instruction": N strings
+    step(actions)                -> obs, reward, terminated, truncated, info: one decision in each, actions (N, 7)
+    timing                       seconds that the last step took, a dict
+    get_state(), set_state(x)    flat dict of numpy arrays that goes on byte for byte, in the middle of episodes
+    merge_states, split_state    (several ranks only) of the states of all ranks one, and back
     close()
 
 An episode that ends is followed by the next one in the same step (Gymnasium's SAME_STEP): obs is then the first of the new
-episode, and the last of the old one is info["final_obs"]. The curriculum chooses the new task, and learns the outcome. An
-evaluation (`eval.py`) chooses tasks and initial states itself: `assign`, `active`, and the options of `reset`.
+episode, and the last of the old one is info["final_obs"]. Of info, `train.py` reads besides: "task_id", "episode_length" in
+control steps, and "lost", where an episode ended by no doing of the policy. The curriculum chooses the new task, and
+`train.py` tells it the outcomes of a rollout. An evaluation (`eval.py`) chooses tasks and initial states itself: it needs
+`suite`, `max_steps`, `active`, `assign` and the options of `reset`.
 
 Behind `LiberoVecEnv`, worker processes play the episodes (simulator/). Every random choice comes from (seed, environment,
 number of its episode), never from a stream that environments share: trajectories are the same, byte for byte, whatever the
 number of workers and ranks and whatever their timing.
 """
 
+import functools
 import time
 from collections import deque
 
@@ -29,14 +33,11 @@ from gymnasium.vector.utils import batch_space
 
 from simulator.pool import WorkerPool, cores
 from simulator.shared import FRAME, NEW, NO_TASK, RANDOM_PLACEMENT, RANDOM_PROTOCOL_STATE
-from simulator.states import merge_states, pack_settings, split_state
-from simulator.suites import check_task_ids, instructions
+from simulator.states import current_names, merge_states, pack_settings, split_state
+from simulator.suites import check_task_ids, instructions, num_init_states
 from simulator.suites import max_steps as protocol_steps
 from support.errors import UserError
 from support.quiet import progress_bar
-
-NUM_INIT_STATES = 50  # of every LIBERO task
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # Which task next: the curriculum
@@ -164,91 +165,65 @@ class LiberoVecEnv(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
 
-    def __init__(
-        self,
-        suite,
-        num_envs,
-        task_ids=None,
-        *,
-        action_repeat=1,
-        max_steps=None,
-        render="light",
-        num_workers=None,
-        seed=0,
-        init_states="random",
-        curriculum=None,
-        tasks_per_worker=None,
-        progress=True,
-        timeout=60.0,
-        egl_devices=None,
-        first_env=0,
-    ):
-        task_ids = [int(t) for t in check_task_ids(suite, task_ids)]
+    def __init__(self, suite, num_envs, task_ids=None, *, action_repeat=1, max_steps=None, render="light", num_workers=None,
+                 seed=0, init_states="random", curriculum=None, tasks_per_worker=None, progress=True, timeout=60.0,
+                 egl_devices=None, first_env=0):  # fmt: skip
+        self.suite, self.num_envs, self.render_quality = suite, num_envs, render
+        self.task_ids = [int(t) for t in check_task_ids(suite, task_ids)]
+        self.curriculum = Curriculum(self.task_ids, "uniform") if curriculum is None else curriculum
+        self.action_repeat = action_repeat
+        self.max_steps = protocol_steps(suite) if max_steps is None else max_steps  # may change between steps
+        self.seed, self.first_env = _checked_seed(seed), first_env
+        self.timing = {}
         num_workers = cores() if num_workers is None else num_workers
-        tasks_per_worker = min(len(task_ids), 10) if tasks_per_worker is None else tasks_per_worker
-        max_steps = protocol_steps(suite) if max_steps is None else max_steps
-        at_least_one = {
-            "number of environments": num_envs,
-            "action repeat": action_repeat,
-            "step limit": max_steps,
-            "number of workers": num_workers,
-            "number of tasks per worker": tasks_per_worker,
-        }
-        for what, value in at_least_one.items():
+        tasks_per_worker = min(len(self.task_ids), 10) if tasks_per_worker is None else tasks_per_worker
+        for what, value in (
+            ("number of environments", num_envs),
+            ("action repeat", action_repeat),
+            ("step limit", self.max_steps),
+            ("number of workers", num_workers),
+            ("number of tasks per worker", tasks_per_worker),
+        ):
             if value < 1:
                 raise UserError(f"the {what} must be at least 1, not {value}")
         if render not in ("light", "exact"):
             raise UserError(f"render mode {render!r} is unknown; choose light or exact")
         if init_states not in ("random", "protocol"):
             raise UserError(f"init states {init_states!r} are unknown; choose random or protocol")
-        if curriculum is not None and not set(curriculum.task_ids) <= set(task_ids):
+        if not set(self.curriculum.task_ids) <= set(self.task_ids):
             raise UserError(
-                f"the curriculum has tasks {curriculum.task_ids}, the environments only {task_ids}"
+                f"the curriculum has tasks {curriculum.task_ids}, the environments only {self.task_ids}"
             )
-
-        self.suite, self.num_envs, self.task_ids, self.render_quality = suite, num_envs, task_ids, render
-        self.action_repeat, self.max_steps = action_repeat, max_steps  # may change between steps
-        self.seed, self.first_env = _checked_seed(seed), first_env
-        self.curriculum = Curriculum(task_ids, "uniform") if curriculum is None else curriculum
-        self.timing = {}
         self._init_code = RANDOM_PLACEMENT if init_states == "random" else RANDOM_PROTOCOL_STATE
+        self._num_init_states = functools.cache(functools.partial(num_init_states, suite))
+        for task in self.task_ids if init_states == "protocol" else ():
+            if not self._num_init_states(task):
+                raise UserError(
+                    f"{suite} task {task} has no initial states; choose random ones, or other tasks"
+                )
         self._instructions = instructions(suite)
         self._make_spaces()
 
-        self._episode = np.full(
-            num_envs, -1
-        )  # number of the running episode in its environment, counted since seeding
-        self._assigned_now = np.zeros(
-            num_envs, bool
-        )  # the running episode was assigned, not chosen by the curriculum
-        self._assigned_next = np.zeros(num_envs, bool)  # the coming one is
-        self._drawn_at = np.full(num_envs, -1)  # curriculum.num_updates when the coming task was drawn
+        # Of each environment: the number of its running episode, counted since seeding; whether that one and the next were
+        # assigned, not chosen by the curriculum; curriculum.num_updates when the next one's task was drawn.
+        self._episode, self._drawn_at = np.full(num_envs, -1), np.full(num_envs, -1)
+        self._assigned_now, self._assigned_next = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
         self._stepping = False  # also after an interrupted step
-        self._pool = WorkerPool(
-            num_envs,
-            num_workers,
-            timeout,
-            egl_devices,
-            suite=suite,
-            render=render,
-            first_env=first_env,
-            tasks_per_worker=tasks_per_worker,
-        )
+        settings = dict(suite=suite, render=render, first_env=first_env, tasks_per_worker=tasks_per_worker)
+        self._pool = WorkerPool(num_envs, num_workers, timeout, egl_devices, **settings)
         self._arrays = self._pool.arrays
         self._arrays.idle[:], self._arrays.assignment[:, 0] = True, NO_TASK
-        at_start = task_ids[:tasks_per_worker]
-        total = len(at_start) * min(num_envs, num_workers)
+        first_tasks = self.task_ids[:tasks_per_worker]
+        total = len(first_tasks) * min(num_envs, num_workers)
         with progress_bar(total=total, desc=f"building {suite}", unit="task", disable=not progress) as bar:
-            self._pool.start(at_start, bar.update)
+            self._pool.start(first_tasks, bar.update)
 
     def _make_spaces(self):
         printable = "".join(chr(c) for c in range(32, 127))
         self.single_observation_space = gym.spaces.Dict(
-            {
-                "agentview": gym.spaces.Box(0, 255, FRAME, np.uint8),
-                "task_id": gym.spaces.Discrete(len(self._instructions)),
-                "instruction": gym.spaces.Text(max_length=300, charset=printable),
-            }
+            agentview=gym.spaces.Box(0, 255, FRAME, np.uint8),
+            task_id=gym.spaces.Discrete(len(self._instructions)),
+            instruction=gym.spaces.Text(max_length=300, charset=printable),
         )
         low, high = np.array([-1.0] * 6 + [0.0], np.float32), np.ones(7, np.float32)
         self.single_action_space = gym.spaces.Box(low, high)
@@ -293,9 +268,9 @@ class LiberoVecEnv(VectorEnv):
         self._check_ready("assign")
         if task_id is not None and task_id not in self.task_ids:
             raise UserError(f"task {task_id} is not among the tasks of these environments: {self.task_ids}")
-        if init_state is not None and not 0 <= init_state < NUM_INIT_STATES:
+        if init_state is not None and not 0 <= init_state < (n := self._num_init_states(task_id)):
             raise UserError(
-                f"initial states are numbered 0 to {NUM_INIT_STATES - 1}; {init_state} is none of them"
+                f"{self.suite} task {task_id} has {n} initial states, from 0 on; {init_state} is none of them"
             )
         task = NO_TASK if task_id is None else int(task_id)
         init = RANDOM_PLACEMENT if init_state is None else int(init_state)
@@ -401,44 +376,41 @@ class LiberoVecEnv(VectorEnv):
             if a.started[i]:
                 self._began(i)
         info = {
-            "success": a.terminated.copy(),
-            "episode_length": a.stepped_length.copy(),
-            "task_id": a.stepped_task.copy(),
-            "init_state": a.stepped_init.copy(),
-            "eef_pos": a.eef_pos.copy(),
-            "gripper": a.gripper.copy(),
+            "success": a.terminated,
+            "episode_length": a.stepped_length,
+            "task_id": a.stepped_task,
+            "init_state": a.stepped_init,
+            "eef_pos": a.eef_pos,
+            "gripper": a.gripper,
             "lost": lost,
-            "worker_restarted": a.worker_restarted.copy(),
-            "unstable": a.unstable.copy(),
-            "started": a.started.copy(),
+            "worker_restarted": a.worker_restarted,
+            "unstable": a.unstable,
+            "started": a.started,
         }
+        info = {name: x.copy() for name, x in info.items()}
         info |= {"final_info": dict(info), "_final_info": ended, "final_obs": final_obs, "_final_obs": ended}
-        physics, render, reset = a.seconds.sum(axis=0).tolist()  # over the environments
-        self.timing = {
-            "physics": physics,
-            "render": render,
-            "reset": reset,
-            "busiest": self._pool.busy_seconds,  # of the worker that took longest
-            "wait": wait,  # of this process, for the workers
-            "wall": time.perf_counter() - began,
-        }
+        self.timing = dict(
+            zip(("physics", "render", "reset"), a.seconds.sum(axis=0).tolist())
+        )  # over the environments
+        self.timing["busiest"] = self._pool.busy_seconds  # of the worker that took longest
+        self.timing["wait"] = wait  # of this process for the workers
+        self.timing["wall"] = time.perf_counter() - began
         return self.observation(), a.reward.copy(), a.terminated.copy(), a.truncated.copy(), info
 
     def _final_observations(self, ended):
         """(N,) array of dicts, None where no episode ended."""
         a, final = self._arrays, np.full(self.num_envs, None, object)
         for i in np.flatnonzero(ended):
-            task_id = a.stepped_task[i]
-            final[i] = {
-                "agentview": a.final_agentview[i],
-                "task_id": task_id,
-                "instruction": self._instructions[task_id],
-            }
+            sentence = self._instructions[a.stepped_task[i]]
+            final[i] = dict(agentview=a.final_agentview[i], task_id=a.stepped_task[i], instruction=sentence)
         return final
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
 
-    merge_states, split_state = staticmethod(merge_states), staticmethod(split_state)  # those of several ranks
+    merge_states, split_state = (
+        staticmethod(merge_states),
+        staticmethod(split_state),
+    )  # those of several ranks
 
     _SAVED = ("agentview", "assignment", "task_id", "init_state", "steps", "idle", "eef_pos", "gripper")
 
@@ -473,20 +445,17 @@ class LiberoVecEnv(VectorEnv):
         self._pool.finish()
         self._stepping = False
         self._check_ready("set_state")
+        state = current_names(state)
         theirs, ours = bytes(np.asarray(state["settings"])), bytes(self._settings())
         if theirs != ours:
-            raise UserError(
-                f"the saved environments had the settings {theirs.decode(errors='replace')}, "
-                f"these have {ours.decode()}; they must be equal"
-            )
+            theirs, ours = theirs.decode(errors="replace"), ours.decode()
+            raise UserError(f"the saved environments had other settings than these: {theirs} and {ours}")
         for name in self._SAVED:
             getattr(self._arrays, name)[:] = np.asarray(state[name])
         self._episode[:], self.seed = np.asarray(state["episode"]), int(state["seed"])
         self._assigned_now[:], self._assigned_next[:] = state["assigned_now"], state["assigned_next"]
-        prefix = "curriculum_"
-        self.curriculum.load_state_dict(
-            {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
-        )
+        known = {k.removeprefix("curriculum_"): x for k, x in state.items() if k.startswith("curriculum_")}
+        self.curriculum.load_state_dict(known)
         self._drawn_at[:] = -1  # drawn again before the next step, with the same statistics: the same tasks
         simulators = {int(k[4:]): np.asarray(x) for k, x in state.items() if k.startswith("sim_")}
         self._pool.call("set_state", split=[simulators])

@@ -86,8 +86,7 @@ import torch
 from tqdm import tqdm
 
 import demos
-from envs import NUM_INIT_STATES
-from eval import evaluate
+from eval import NUM_INIT_STATES, evaluate
 from models.images import crop_and_normalize, resize_frames
 from policy import ActorCritic, OpenVLA, build_tiny, explain_out_of_memory, policy_convention
 from simulator.suites import num_tasks

@@ -83,6 +83,7 @@ class WorkerPool:
 
         split: dicts by environment, sent after `arguments`; each worker gets its own environments' entries.
         """
+        self.finish()  # of a call that was interrupted
         wanted = set(range(self.num_envs) if envs is None else envs)
         for worker in self._workers:
             if share := [i for i in worker.envs if i in wanted]:
@@ -91,7 +92,7 @@ class WorkerPool:
         return self.finish()
 
     def finish(self, on_built=lambda: None):
-        """Wait until no worker owes an answer, including those of a call that was interrupted. Returns the answers."""
+        """Wait until no worker owes an answer. Returns the answers."""
         answers, self.busy_seconds = [], 0.0
         while owing := [worker for worker in self._workers if worker.outstanding]:
             patience = min(worker.deadline for worker in owing) - time.monotonic()

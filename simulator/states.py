@@ -15,6 +15,11 @@ _OLD_NAMES = {
 }  # until November 2026
 
 
+def current_names(state):
+    """A state that an older version saved, with the names of today."""
+    return {_OLD_NAMES.get(key, key): x for key, x in state.items()}
+
+
 def pack_settings(settings):
     """A dict as an array of bytes, so that a state stays a dict of arrays."""
     return np.frombuffer(json.dumps(settings).encode(), np.uint8).copy()
@@ -43,7 +48,7 @@ def split_state(state, envs):
             if int(key[4:]) in envs:
                 part[f"sim_{int(key[4:]) - envs.start}"] = x
         else:
-            part[_OLD_NAMES.get(key, key)] = x if _is_common(key) else x[envs.start : envs.stop]
+            part[key] = x if _is_common(key) else x[envs.start : envs.stop]
     return _with_num_envs(part, len(envs))
 
 

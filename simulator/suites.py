@@ -52,3 +52,11 @@ def check_task_ids(suite, task_ids):
     if len(set(task_ids)) < len(task_ids):
         raise UserError(f"task ids {','.join(map(str, task_ids))}: name each task once")
     return task_ids
+
+
+def num_init_states(suite, task_id):
+    """How many initial states of the evaluation protocol a task has: 50 in the standard suites, fewer or none in others."""
+    try:
+        return len(get_suite(suite).get_task_init_states(task_id))
+    except FileNotFoundError:
+        return 0

@@ -219,8 +219,12 @@ def worker_main(descriptor):
         os._exit(0)  # the main process is gone
     except UserError as exc:
         last_words = f"error: {exc}"
-    except OSError as exc:  # a file that is missing or closed to us is missing for a replacement as well
-        last_words = f"error: {exc.strerror}: {exc.filename}" if exc.filename else repr(exc)
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    ) as exc:  # the next worker would not find it either
+        last_words = f"error: {exc.strerror}: {exc.filename}" if exc.filename else f"error: {exc}"
     except Exception as exc:
         where = traceback.extract_tb(exc.__traceback__)[-1]
         last_words = f"{type(exc).__name__}: {exc} ({Path(where.filename).name}:{where.lineno})"

@@ -187,8 +187,6 @@ def test_environment_states_are_merged_and_split():
         assert back.keys() == state.keys()
         for key in state:
             np.testing.assert_array_equal(back[key], state[key])
-    old = {"parked" if key == "idle" else key: x for key, x in state.items()}  # as checkpoints before November 2026 have it
-    np.testing.assert_array_equal(envs.split_state(old, range(2, 4))["idle"], state["idle"][2:4])
 
 
 def test_environments_must_divide_evenly():

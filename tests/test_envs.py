@@ -1,6 +1,7 @@
 """envs.py on the real simulator: the same trajectories whatever the workers do, and a run that survives them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,13 @@ def test_saved_state_continues_equally(one, two, tmp_path):
     obs = two.set_state(state)
     np.testing.assert_array_equal(obs["agentview"], state["agentview"])
     _assert_same(expected, _rollout(two, 5, first=4))
+    names = {
+        "idle": "parked",
+        "assigned_now": "asked_now",
+        "assigned_next": "asked_next",
+    }  # until November 2026
+    two.set_state({names.get(key, key): x for key, x in state.items()})
+    _assert_same(expected, _rollout(two, 5, first=4))
     with pytest.raises(UserError, match="settings"):
         two.action_repeat = 3
         two.set_state(state)
@@ -348,7 +356,7 @@ def test_assignments_and_idle_environments(one):
 
 
 @libero
-def test_protocol_states():
+def test_protocol_states_and_close():
     envs = _make(1, init_states="protocol", tasks_per_worker=1, max_steps=2)
     try:
         _, info = envs.reset(options={"task_ids": [0, 1, 0]})
@@ -359,7 +367,11 @@ def test_protocol_states():
         _, _, _, truncated, info = envs.step(_actions(0))
         assert truncated.all() and info["init_state"].tolist() == first
     finally:
+        (pid,) = envs.worker_pids
         envs.close()
+    assert envs.closed and _gone([pid], 5)
+    with pytest.raises(RuntimeError, match="closed"):
+        envs.reset()
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -499,16 +511,6 @@ def test_nothing_outlives_the_main_process(how, moment):
         ]
 
 
-@libero
-def test_close_ends_the_workers():
-    envs = LiberoVecEnv(SUITE, 1, [0], progress=False)
-    (pid,) = envs.worker_pids
-    envs.close()
-    assert _gone([pid], 5)
-    with pytest.raises(RuntimeError, match="closed"):
-        envs.reset()
-
-
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -567,6 +569,53 @@ def test_bad_settings_are_one_line(arguments):
 @libero
 def test_missing_egl_is_one_line(monkeypatch, capfd):
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nonexistent.json")  # libglvnd then finds no driver
-    with pytest.raises(UserError, match="apt-get install"):
+    _told_at_once("apt-get install", capfd)
+
+
+@libero
+def test_what_a_worker_finds_missing_is_told_at_once(monkeypatch, capfd, tmp_path):
+    """Another LIBERO's configuration, which this process read before it was there: no file that it names exists."""
+    names = ("benchmark_root", "bddl_files", "init_states", "datasets", "assets")
+    (tmp_path / "config.yaml").write_text("".join(f"{name}: /nonexistent/{name}\n" for name in names))
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    _told_at_once("/nonexistent/", capfd)
+
+
+@libero
+def test_what_a_worker_finds_when_it_is_imported_is_told_at_once(monkeypatch, capfd):
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    _told_at_once("MUJOCO_GL=glfw does not work", capfd)
+
+
+def _told_at_once(message, capfd):
+    """One line, and no word of restarts: a replacement would find the same."""
+    with pytest.raises(UserError, match=message) as error:
         LiberoVecEnv(SUITE, 1, [0], progress=False)
-    assert capfd.readouterr().err == ""
+    assert "\n" not in str(error.value) and capfd.readouterr().err == ""
+
+
+@libero
+def test_a_worker_needs_neither_torch_nor_the_vector_environment():
+    code = (
+        "import sys, simulator.workers; print(sorted({'torch', 'envs', 'eval', 'policy'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert out.strip() == "[]"
+
+
+@libero
+def test_shared_memory_files_are_not_needed():
+    """In a mount namespace of its own where nothing can be written to /dev/shm, as in some containers."""
+    code = (
+        "import numpy as np, envs\n"
+        "e = envs.LiberoVecEnv('libero_object', 1, [0], progress=False)\n"
+        "e.reset(); e.step(np.zeros((1, 7))); e.close(); print('fine')"
+    )
+    mount = "mount -t tmpfs -o ro tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "--mount", *mount.split()]).returncode:
+        pytest.skip("a mount namespace needs root")
+    command = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "fine\n" and done.stderr == "", done

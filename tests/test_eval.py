@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval import Args, EpisodeLog, EvalResult, evaluate, main, print_plan, protocol_episodes
+from support.cli import parse_args
 from support.errors import UserError
 from support.statistics import wilson_interval
-from eval import EpisodeLog, EvalResult, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "libero_object"
@@ -28,15 +29,24 @@ def _episodes(outcomes):
 
 
 def test_table_counts_and_intervals():
-    result = EvalResult(SUITE, ["zero", "one", "two"], _episodes({2: [True, False, True, False], 0: [False] * 4}))
+    result = EvalResult(
+        SUITE, ["zero", "one", "two"], _episodes({2: [True, False, True, False], 0: [False] * 4})
+    )
     none, half, total = result.rows()
-    assert (none["task_id"], none["instruction"], none["successes"], none["mean_steps"]) == (0, "zero", 0, None)
+    assert (none["task_id"], none["instruction"], none["successes"], none["mean_steps"]) == (
+        0,
+        "zero",
+        0,
+        None,
+    )
     assert (half["success_rate"], half["episodes"], half["mean_steps"]) == (0.5, 4, 101.0)
     assert (total["successes"], total["episodes"]) == (2, 8) and result.success_rate == 0.25
     assert (total["low"], total["high"]) == wilson_interval(2, 8)
     lines = result.to_markdown().splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert "| 2 | two | 50.0 % | 15.0 to 85.0 % | 4 | 101 |" in lines
+    unstable = EvalResult(SUITE, result.instructions, [{**result.episodes[1], "unstable": True}])
+    assert unstable.to_markdown().endswith("diverged (task/initial state): 2/1")
     back = json.loads(json.dumps(result.to_dict()))
     assert EvalResult(SUITE, result.instructions, back["episodes"]).rows() == result.rows()
     assert EvalResult(SUITE, [], []).success_rate == 0.0
@@ -74,7 +84,9 @@ def model():
     from policy import build_tiny
 
     model = build_tiny(seed=0)
-    model.norm_stats[SUITE] = {"action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+    model.norm_stats[SUITE] = {
+        "action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    }
     return model
 
 
@@ -208,17 +220,27 @@ def test_bad_requests(model, envs):
             evaluate(model, **{"suite": SUITE, "task_ids": [0], "progress": False, **arguments})
 
 
-def _command(*flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "eval.py", *map(str, flags)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.mark.libero
+def test_tasks_with_fewer_initial_states(model, envs, short, tmp_path, capsys, monkeypatch):
+    """LIBERO-PRO's suites have 10 states, and some tasks none: what there is is played, and said."""
+    assert protocol_episodes("libero_10_with_milk", [2, 3, 4, 5]) == [
+        (t, i) for t in (2, 5) for i in range(10)
+    ]
+    assert len(protocol_episodes("libero_10_with_milk", None, 4)) == 4 * 8
+    assert len(protocol_episodes(SUITE)) == 500
+    with pytest.raises(UserError, match="no initial states of task 3, 4"):
+        protocol_episodes("libero_10_with_milk", [3, 4])
+    for module in ("eval", "envs"):
+        monkeypatch.setattr(f"{module}.num_init_states", lambda suite, task: [2, 0, 50][task])
+    assert _played(evaluate(model, SUITE, [0, 1], 3, envs=envs, progress=False)) == [(0, 0), (0, 1)]
+    print_plan(Args("the/policy", task_ids=[0, 1, 2], episodes_per_task=3), "cpu", tmp_path)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "the/policy" in first and str(tmp_path) in first
+    assert lines == [
+        "  task 0: pick up the alphabet soup and place it in the basket (it has 2 initial states, not 3)",
+        "  task 1: pick up the cream cheese and place it in the basket (it has 0 initial states, not 3)",
+        "  task 2: pick up the salad dressing and place it in the basket",
+    ]
 
 
 @pytest.mark.libero
@@ -234,17 +256,52 @@ def _command(*flags):
         ([], "--checkpoint", 2),
     ],
 )
-def test_wrong_flags_end_in_one_line(flags, message, code):
-    process = _command(*flags)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code and message in err and len(err.strip().splitlines()) == 1 and out == "", err
+def test_wrong_flags_end_in_one_line(flags, message, code, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(parse_args(Args, "", flags))
+    out, err = capfd.readouterr()
+    assert end.value.code == code and message in err and len(err.strip().splitlines()) == 1 and out == "", err
+
+
+def test_a_mistyped_flag_answers_at_once():
+    began = time.monotonic()
+    process = _command("--chekpoint", "x")
+    out, err = process.communicate(timeout=60)
+    assert (
+        process.returncode == 2 and "--checkpoint" in err and len(err.strip().splitlines()) == 1 and out == ""
+    )
+    assert (
+        time.monotonic() - began < 5
+    )  # a second on a quiet machine; importing torch alone takes longer on a loaded one
+
+
+def _command(*flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "eval.py", *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.libero
 @pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(model, tmp_path):
     model.save_pretrained(tmp_path / "policy")
-    flags = ["--checkpoint", tmp_path / "policy", "--task-ids", "0", "--episodes-per-task", 3, "--num-envs", 1]
+    flags = [
+        "--checkpoint",
+        tmp_path / "policy",
+        "--task-ids",
+        "0",
+        "--episodes-per-task",
+        3,
+        "--num-envs",
+        1,
+    ]
     flags += ["--out", tmp_path / "out", "--json"]
     log = tmp_path / "out" / "episodes.jsonl"
     process = _command(*flags)
@@ -253,15 +310,20 @@ def test_ctrl_c_and_the_same_command_again(model, tmp_path):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    assert (
+        process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    )
     before = log.read_text().splitlines()
     assert 2 <= len(before) < 4
     process = _command(*flags)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.returncode == 0 and "  task 0: pick up the alphabet soup and place" in err, err
     assert log.read_text().splitlines()[: len(before)] == before and len(log.read_text().splitlines()) == 4
     result = json.loads(out)
-    assert result["total"]["episodes"] == 3 and json.loads((tmp_path / "out" / "results.json").read_text()) == result
+    assert (
+        result["total"]["episodes"] == 3
+        and json.loads((tmp_path / "out" / "results.json").read_text()) == result
+    )
     assert "| 0 | pick up the alphabet soup" in (tmp_path / "out" / "results.md").read_text()
     process = _command(*flags, "--temperature", 1)
     out, err = process.communicate(timeout=120)

@@ -89,7 +89,7 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data, capsys)
 @pytest.mark.parametrize(
     "main, argv",
     [
-        (evaluation.main, ["--checkpoint", "TEXT"]),
+        (lambda: evaluation.main(cli.parse_args(evaluation.Args, "")), ["--checkpoint", "TEXT"]),
         (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--init", "TEXT"]),
         (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--data", "TEXT"]),
         (demos.main, ["--suite", "TEXT"]),

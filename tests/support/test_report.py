@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import _write_video
 from support import report
+from support.episodes import write_episode_film
 from support.errors import UserError
 from support.files import write_film
 from support.statistics import difference_interval, wilson_interval
@@ -18,7 +18,7 @@ from support.statistics import difference_interval, wilson_interval
 
 def film(directory, task, success, length, grey):
     frames = [np.full((256, 256, 3), grey, np.uint8)] * length
-    _write_video(
+    write_episode_film(
         directory, frames, {"task_id": task, "init_state": 0, "success": success, "steps": 4 * length}, 4
     )
 
