@@ -97,7 +97,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     initial states. ranks: each plays its share, in num_envs / size environments of its own, and returns everybody's episodes.
     unnorm_key: of the action statistics (default: by the suite).
     """
-    ranks = ranks or distributed.Ranks()
+    ranks = ranks or distributed.ALONE
     wanted = set(protocol_episodes(suite, task_ids, episodes_per_task))
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
     missing = wanted - {(e["task_id"], e["init_state"]) for e in kept}
