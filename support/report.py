@@ -80,14 +80,15 @@ def _draw_curve(ax, lines, points):
     x, wins, episodes = np.array(
         [[m["charts/decisions"], m["charts/successes"], m["charts/episodes"]] for m in lines], float
     ).reshape(-1, 3).T  # fmt: skip
-    if len(x):
+    if (
+        episodes.sum() >= 20
+    ):  # before, a rate would mean little: the first episodes that end are the short ones, successes
         window = np.ones(min(15, len(x)))
         played = np.convolve(episodes, window)[: len(x)]
         mean = np.convolve(wins, window)[: len(x)] / np.maximum(played, 1)
-        mean[played < 20] = np.nan  # the first episodes that end are the short ones, and those are successes
-        ax.plot(
-            x, 100 * mean, color="0.6", lw=1.2, label=f"training episodes (mean of {len(window)} iterations)"
-        )
+        mean[played < 20] = np.nan
+        label = f"training episodes (mean of {len(window)} iterations)"
+        ax.plot(x, 100 * mean, color="0.6", lw=1.2, label=label)
     if points:
         at, successes, episodes = zip(*points, strict=True)
         rates, bars = _percent_with_bars(successes, episodes)
@@ -402,8 +403,10 @@ def _embed(data, kind):
 
 
 def _draw_metric(ax, lines, key):
+    if key == "charts/episodic_length":
+        lines = [m for m in lines if m["charts/episodes"]]  # where no episode ended it is 0
     found = [(m["charts/decisions"], m[key]) for m in lines if _number(m.get(key)) is not None]
-    ax.plot(*zip(*found, strict=True), lw=1.2)
+    ax.plot([at for at, _ in found], [value for _, value in found], lw=1.2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.locator_params(axis="x", nbins=4)
     ax.set_xlim(left=0)
@@ -492,7 +495,9 @@ def _link(directory, path):
 
 @dataclass
 class PageArgs:
-    run: str = field(metadata={"help": "run directory of train.py; its report.html and success.png are written anew"})
+    run: str = field(
+        metadata={"help": "run directory of train.py; its report.html and success.png are written anew"}
+    )
 
 
 @dataclass
