@@ -26,8 +26,26 @@ GRIPPER_SPEED = 0.01  # per substep, in normalised finger position
 
 
 @numba.njit(cache=True)
-def osc_control(ctrl, gripper, gripper_step, finger_ctrl, finger_bias, finger_weight, jacp, jacr, mass, qpos, qvel,
-                 ee_pos, ee_mat, goal_pos, goal_ori, rest_qpos, bias, torque_limit):
+def osc_control(
+    ctrl,
+    gripper,
+    gripper_step,
+    finger_ctrl,
+    finger_bias,
+    finger_weight,
+    jacp,
+    jacr,
+    mass,
+    qpos,
+    qvel,
+    ee_pos,
+    ee_mat,
+    goal_pos,
+    goal_ori,
+    rest_qpos,
+    bias,
+    torque_limit,
+):
     """Write one substep's `ctrl`: robosuite's `OperationalSpaceController` and `PandaGripper.format_action`.
 
     jacp, jacr (3, nv): Jacobians of the grip site; mass (nv, nv): the whole model's inertia, of which the arm is the

@@ -55,7 +55,11 @@ def release_visual_data(model):
             (model.mesh_faceadr[i], model.mesh_facenum[i], "mesh_face mesh_facenormal mesh_facetexcoord"),
             (model.mesh_normaladr[i], model.mesh_normalnum[i], "mesh_normal"),
             (model.mesh_texcoordadr[i], model.mesh_texcoordnum[i], "mesh_texcoord"),
-            (model.mesh_polyadr[i], model.mesh_polynum[i], "mesh_polynormal mesh_polyvertadr mesh_polyvertnum"),
+            (
+                model.mesh_polyadr[i],
+                model.mesh_polynum[i],
+                "mesh_polynormal mesh_polyvertadr mesh_polyvertnum",
+            ),
             (model.mesh_bvhadr[i], model.mesh_bvhnum[i], "bvh_aabb bvh_child bvh_depth bvh_nodeid"),
         ):
             for name in names.split() if start >= 0 else ():

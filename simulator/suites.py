@@ -5,7 +5,13 @@ from libero.libero import benchmark
 from support.errors import UserError
 
 # Policy steps per episode in LIBERO's evaluation protocol (control steps at 20 Hz, the 10 settling steps not counted).
-MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+MAX_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
 SUITES = tuple(MAX_STEPS)
 
 
@@ -14,7 +20,9 @@ def base_suite(suite):
     for name in SUITES:
         if suite == name or suite.startswith(name + "_"):
             return name
-    raise UserError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)} (or a LIBERO-PRO variant of one)")
+    raise UserError(
+        f"unknown suite {suite!r}: choose one of {', '.join(SUITES)} (or a LIBERO-PRO variant of one)"
+    )
 
 
 def max_steps(suite):
@@ -28,7 +36,11 @@ def get_suite(suite):
     try:
         return benchmark.get_benchmark(suite)()
     except (KeyError, AttributeError):
-        known = sorted(benchmark.get_benchmark_dict()) if hasattr(benchmark, "get_benchmark_dict") else list(SUITES)
+        known = (
+            sorted(benchmark.get_benchmark_dict())
+            if hasattr(benchmark, "get_benchmark_dict")
+            else list(SUITES)
+        )
         raise UserError(f"unknown suite {suite!r}: choose one of {', '.join(known)}") from None
 
 
@@ -48,7 +60,9 @@ def check_task_ids(suite, task_ids):
     task_ids = list(range(n)) if task_ids is None else list(task_ids)
     bad = [t for t in task_ids if not 0 <= t < n]
     if bad or not task_ids:
-        raise UserError(f"task id {bad[0] if bad else '(none)'} is not in {suite}: valid ids are 0 to {n - 1}")
+        raise UserError(
+            f"task id {bad[0] if bad else '(none)'} is not in {suite}: valid ids are 0 to {n - 1}"
+        )
     if len(set(task_ids)) < len(task_ids):
         raise UserError(f"task ids {','.join(map(str, task_ids))}: name each task once")
     return task_ids

@@ -22,7 +22,6 @@ Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models
 import copy
 from pathlib import Path
 
-import cv2
 import mujoco
 import numpy as np
 from libero.libero import get_libero_path
@@ -31,7 +30,8 @@ from robosuite.utils.control_utils import set_goal_orientation
 
 from simulator.controller import GRIPPER_SPEED, OUTPUT_MAX, SUBSTEPS, osc_control, stock_solves
 from simulator.memory import free_build_memory, release_visual_data
-from simulator.render import CAMERA, POSE_GRID, STILL_PICTURES, SUPERSAMPLING, Kept, gl_context, light_model, take_nearer
+from simulator.meshes import light_model
+from simulator.render import Kept, Renderer, gl_context
 from simulator.suites import check_task_ids, get_suite
 from support.errors import UserError
 
@@ -92,14 +92,20 @@ class TaskSim:
         self.reset_measurement = tuple(np.zeros(shape) for shape in shapes)
         for whole, part in zip(self.reset_measurement, arm, strict=True):
             whole[tuple(slice(size) for size in part.shape)] = part
-        self.reset_warmstart = self.env.sim.data._data.qacc_warmstart.copy()  # the solver's guess after that reset
+        data = self.env.sim.data._data
+        self.reset_warmstart = data.qacc_warmstart.copy()  # the solver's guess after that reset
         self.protocol_bodies = (self.model.body_pos.copy(), self.model.body_quat.copy())
         self.moved_bodies = np.array(
             [self.env.sim.model.body_name2id(f.root_body) for f in self.env.env.fixtures], dtype=int
         )
         self.objects = dict(self.env.env.obj_body_id)  # name -> body id, fixtures included
         free_build_memory()  # here too, because the renderer's copy of the model comes next: the peak is 0.4 GB lower
-        self._render_setup()
+        self.renderer = None
+        if render != "none":
+            light = render == "light"
+            drawn = light_model(self.model, data, resolution) if light else copy.copy(self.model)
+            self.renderer = Renderer(self.model, drawn, data, self.site, light, resolution)
+            del drawn
         release_visual_data(self.model)
         free_build_memory()
         self._jacp, self._jacr, self._mass = np.zeros((3, nv)), np.zeros((3, nv)), np.zeros((nv, nv))
@@ -128,106 +134,15 @@ class TaskSim:
             np.random.set_state(saved)
             del sim.reset
 
-    def _render_setup(self):
-        self._context = None
-        if self.render_mode == "none":
-            return
-        data = self.env.sim.data._data
-        light = self.render_mode == "light"
-        model = light_model(self.model, data, self.resolution) if light else copy.copy(self.model)
-        size = round(SUPERSAMPLING * self.resolution) if light else self.resolution
-        if light:
-            model.vis.quality.offsamples = 0
-        if not model.light_castshadow.any():
-            model.vis.quality.shadowsize = 0  # spare the 64 MB shadow map that nothing would draw
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        self._scene = mujoco.MjvScene(self.model, maxgeom=1000)
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
-        self._options = mujoco.MjvOption()
-        self._options.geomgroup[0] = 0  # collision geometry stays invisible, as in robosuite
-        self._options.geomgroup[1] = 1
-        self._perturb = mujoco.MjvPerturb()
-        self._viewport = mujoco.MjrRect(0, 0, size, size)
-        self._pixels, self._depth = np.empty((size, size, 3), np.uint8), np.empty((size, size), np.float32)
-        self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # as OpenGL has it: far 0, near 1
-
-        # A sky that walls hide costs a tenth of a picture. The camera and the walls do not move, so one look is enough.
-        gl_context()
-        skybox = mujoco.mjtRndFlag.mjRND_SKYBOX
-        with_sky = self._draw(data).copy()
-        self._scene.flags[skybox] = 0
-        self._sky = int((self._draw(data) != with_sky).any())
-
-        m = self.model
-        self._visual = np.flatnonzero(m.geom_group == 1)
-        arm = m.body_rootid == m.body_rootid[m.site_bodyid[self.site]]
-        self._movers = (arm & (m.body_weldid != 0))[m.geom_bodyid[self._visual]]  # what will not stand still
-        material = m.geom_matid[self._visual]
-        self._glass = (m.geom_rgba[self._visual, 3] < 1.0) | ((material >= 0) & (m.mat_rgba[material, 3] < 1.0))
-
-    def _draw(self, data, sky=None, depth=None):
-        """Render `data` into `_pixels`, and its depths into `depth`: rows bottom-up. The GL context must be current."""
-        if sky is not None:
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = sky
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self.model, data, self._options, self._perturb, self._camera, everything, self._scene)
-        # robosuite hides its gripper sites by a negative opacity; software OpenGL would still blend nothing into the
-        # picture, for 0.4 ms each. Sites come last in a scene.
-        while self._scene.ngeom and self._scene.geoms[self._scene.ngeom - 1].rgba[3] <= 0.0:
-            self._scene.ngeom -= 1
-        mujoco.mjr_render(self._viewport, self._scene, self._context)
-        mujoco.mjr_readPixels(self._pixels, depth, self._viewport, self._context)
-        return self._pixels
-
-    def draw(self, data, kept):
-        """The agentview picture of `data`, (resolution, resolution, 3) uint8, upright. The GL context must be current.
-
-        kept: the episode's `Kept`, what its last picture leaves for this one. A mirror (the plate of LIBERO's stove) shows
-        what is drawn in one go with it: in light pictures, what stands still.
-        """
-        if self.render_mode == "exact":
-            return self._draw(data, self._sky)[::-1, ::-1].copy()
-        position, rotation = data.geom_xpos[self._visual], data.geom_xmat[self._visual]
-        cells = np.rint(np.hstack((position, rotation)) / POSE_GRID)
-        if kept.cells is None:
-            kept.still = np.where(self._movers, 0, STILL_PICTURES)
-        else:
-            kept.still = np.where((cells == kept.cells).all(1), kept.still + 1, 0)
-        kept.cells = cells
-        resting = kept.still >= STILL_PICTURES
-        if not resting[self._glass].all():
-            resting[:] = True  # glass needs what is behind it: everything in one go
-        model, options, group = self.model, self._options, self.model.geom_group
-        data.geom_xpos[self._visual], data.geom_xmat[self._visual] = POSE_GRID * cells[:, :3], POSE_GRID * cells[:, 3:]
-        if not (np.array_equal(resting, kept.resting) and np.array_equal(cells[resting], kept.resting_cells)):
-            kept.resting, kept.resting_cells = resting, cells[resting]
-            group[self._visual] = np.where(resting, 1, 5)  # MuJoCo does not draw group 5
-            options.sitegroup[:], sites = 0, options.sitegroup.copy()  # a stove's flame comes and goes
-            kept.depth = np.empty_like(self._depth)
-            kept.pixels = self._draw(data, self._sky, kept.depth).copy()
-            options.sitegroup[:] = sites
-        group[self._visual] = np.where(resting, 5, 1)
-        self._draw(data, 0, self._depth)
-        group[self._visual] = 1
-        data.geom_xpos[self._visual], data.geom_xmat[self._visual] = position, rotation
-        take_nearer(self._pixels, self._depth, kept.pixels, kept.depth)
-        small = cv2.resize(self._pixels, (self.resolution, self.resolution), interpolation=cv2.INTER_AREA)
-        # OpenGL's rows run bottom-up; LIBERO keeps that ("upside down"), and OpenVLA rotates by 180 degrees.
-        return small[::-1, ::-1].copy()
-
     def episode(self):
         """A new `Episode` of this task. Call its `reset` first."""
         return Episode(self)
 
     def close(self):
         """Free the render context and LIBERO's environment. The process's OpenGL context stays."""
-        if self._context is not None:
-            self._context.free()
-            self._context = None
+        if self.renderer is not None:
+            self.renderer.close()
+            self.renderer = None
         if self.env is not None:
             self.env.close()
             self.env = None
@@ -242,7 +157,7 @@ class Episode:
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper = np.zeros(2)  # normalised finger targets, ramped by GRIPPER_SPEED per substep
         self.first = True  # the next substep is the episode's first
-        self._kept = Kept()
+        self.kept = Kept()
         d = self.data  # as `osc_control` takes them; MuJoCo never moves these arrays
         site = (d.site_xpos[sim.site], d.site_xmat[sim.site].reshape(3, 3))
         self._measurement = (sim._jacp, sim._jacr, sim._mass, d.qpos, d.qvel, *site)
@@ -264,7 +179,7 @@ class Episode:
         sim, m, d = self.sim, self.sim.model, self.data
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper[:] = 0.0
-        self.first, self._kept = True, Kept()
+        self.first, self.kept = True, Kept()
         if init_state is None:
             if rng is None:
                 raise ValueError("a random placement needs an rng")
@@ -274,7 +189,9 @@ class Episode:
         else:
             if not 0 <= init_state < sim.num_init_states:
                 where = f"{sim.suite} task {sim.task_id}"
-                raise UserError(f"no initial state {init_state} in {where}: valid are 0 to {sim.num_init_states - 1}")
+                raise UserError(
+                    f"no initial state {init_state} in {where}: valid are 0 to {sim.num_init_states - 1}"
+                )
             self.body_pos, self.body_quat = (b[sim.moved_bodies] for b in sim.protocol_bodies)
             self._activate()
             mujoco.mj_resetData(m, d)
@@ -308,8 +225,18 @@ class Episode:
                     self.goal_ori = set_goal_orientation(delta[3:], ee_mat)
                 self.goal_pos = ee_pos + delta[:3]
             osc_control(
-                d.ctrl, self.gripper, gripper_step, sim.finger_ctrl, sim.finger_bias, sim.finger_weight, *measurement,
-                self.goal_pos, self.goal_ori, sim.rest_qpos, d.qfrc_bias, sim.torque_limit,
+                d.ctrl,
+                self.gripper,
+                gripper_step,
+                sim.finger_ctrl,
+                sim.finger_bias,
+                sim.finger_weight,
+                *measurement,
+                self.goal_pos,
+                self.goal_ori,
+                sim.rest_qpos,
+                d.qfrc_bias,
+                sim.torque_limit,
             )
             mujoco.mj_step2(m, d)
         return bool(sim.env.check_success())
@@ -317,13 +244,12 @@ class Episode:
     def render(self):
         """The agentview image, (resolution, resolution, 3) uint8, rotated by 180 degrees: upright, for OpenVLA."""
         sim = self.sim
-        if sim._context is None:
+        if sim.renderer is None:
             raise ValueError("this TaskSim was built with render='none'")
         self._activate()
         if sim.env.env.tracking_object_states_change:
             sim.env.env._post_process()  # e.g. a stove's flame, which is a site that switches on and off
-        gl_context()  # somebody else's context may be current, e.g. a stock environment in the same process
-        return sim.draw(self.data, self._kept)
+        return sim.renderer.draw(self.data, self.kept)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -340,9 +266,15 @@ class Episode:
         sizes = np.cumsum([n, 3, 9, 2, 1, 3 * f, 4 * f])
         if len(state) != sizes[-1]:
             raise ValueError(f"state of {len(state)} numbers where this task has {sizes[-1]}")
-        full, self.goal_pos, ori, self.gripper, first, pos, quat = (p.copy() for p in np.split(state, sizes[:-1]))
+        full, self.goal_pos, ori, self.gripper, first, pos, quat = (
+            p.copy() for p in np.split(state, sizes[:-1])
+        )
         self.first = bool(first[0])
-        self.goal_ori, self.body_pos, self.body_quat = ori.reshape(3, 3), pos.reshape(f, 3), quat.reshape(f, 4)
+        self.goal_ori, self.body_pos, self.body_quat = (
+            ori.reshape(3, 3),
+            pos.reshape(f, 3),
+            quat.reshape(f, 4),
+        )
         self._activate()
         mujoco.mj_setState(self.sim.model, self.data, full, _FULL_STATE)
         # mj_forward would overwrite the solver's warm start, which is part of the state: restore it afterwards.
@@ -359,7 +291,10 @@ class Episode:
         sim, m, d = self.sim, self.sim.model, self.data
         mujoco.mj_jacSite(m, d, sim._jacp, sim._jacr, sim.site)
         return dict(
-            eef_pos=d.site_xpos[sim.site].copy(), eef_mat=d.site_xmat[sim.site].reshape(3, 3).copy(),
-            eef_vel=sim._jacp @ d.qvel, gripper_qpos=d.qpos[sim.finger_qpos].copy(), joint_pos=d.qpos[:7].copy(),
+            eef_pos=d.site_xpos[sim.site].copy(),
+            eef_mat=d.site_xmat[sim.site].reshape(3, 3).copy(),
+            eef_vel=sim._jacp @ d.qvel,
+            gripper_qpos=d.qpos[sim.finger_qpos].copy(),
+            joint_pos=d.qpos[:7].copy(),
             objects={name: (d.xpos[b].copy(), d.xquat[b].copy()) for name, b in sim.objects.items()},
         )

@@ -3,6 +3,7 @@
 Not by redirecting stderr, which would swallow real errors too.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -16,7 +17,7 @@ def progress_bar(*args, **kwargs):
 
     Bars inside bars (`leave=False`) are for terminals only.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # not at the top: scripts without a bar start faster
 
     if not sys.stderr.isatty():
         kwargs = {"mininterval": 30.0, "maxinterval": 30.0, "dynamic_ncols": False, **kwargs}
@@ -27,23 +28,21 @@ def progress_bar(*args, **kwargs):
 def silence_third_party():
     """Import robosuite and LIBERO without their noise. Call once per process, instead of the first `import libero`.
 
-    Sets MUJOCO_GL=egl unless the environment chose another one, because both packages read it at import. Takes a few
-    seconds (robosuite compiles its helpers with numba) and does nothing the second time.
+    Takes a few seconds (robosuite compiles its helpers with numba) and does nothing the second time.
     Raises UserError where EGL or OpenGL is missing, which would otherwise be an AttributeError deep inside PyOpenGL.
     """
     if sys.platform == "linux":
         require_system_libraries()
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    # Mesa reports every GPU device file that it may not open, on machines where software rendering was wanted anyway.
-    os.environ.setdefault("EGL_LOG_LEVEL", "fatal")
 
     # Source 1, robosuite/__init__.py: three warnings that recommend a private macro file. Only those are dropped.
     logger = logging.getLogger("robosuite_logs")
     if not any(isinstance(f, _NoMacroWarning) for f in logger.filters):
         logger.addFilter(_NoMacroWarning())
-    import mujoco
-    from libero.libero import benchmark
-    from robosuite.utils import binding_utils
+    import mujoco  # here and not at the top: only once the above is set
+
+    with _during_import_of_robosuite():
+        from libero.libero import benchmark
+        from robosuite.utils import binding_utils
 
     # Source 2, libero/benchmark: prints the order of its tasks each time that a suite is made. Its warnings stay.
     benchmark.print = _print_unless_info
@@ -62,6 +61,29 @@ def silence_third_party():
     # Source 4, MuJoCo: by default a physics warning appends to MUJOCO_LOG.TXT in whatever directory the user stands in.
     # Say it once on stderr instead.
     mujoco.set_mju_user_warning(_mujoco_warning)
+
+
+@contextlib.contextmanager
+def _during_import_of_robosuite():
+    """Keep from robosuite what it makes the wrong use of when it is imported.
+
+    It asserts that the number of the EGL device is one of CUDA_VISIBLE_DEVICES. Those are two ways of counting, and
+    CUDA_VISIBLE_DEVICES=1 MUJOCO_EGL_DEVICE_ID=0 is how the second of several GPUs is chosen in a container. It does not
+    draw here, so it need not know. And it logs to /tmp/robosuite.log, which may be another user's file.
+    """
+    devices, file_handler = os.environ.pop("CUDA_VISIBLE_DEVICES", None), logging.FileHandler
+    logging.FileHandler = _NoFile
+    try:
+        yield
+    finally:
+        logging.FileHandler = file_handler
+        if devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices
+
+
+class _NoFile(logging.NullHandler):
+    def __init__(self, *arguments, **options):
+        super().__init__()
 
 
 class _NoMacroWarning(logging.Filter):
@@ -90,4 +112,6 @@ def _say_once(text):
 
 
 def _mujoco_warning(message):
-    _say_once(message.split(". Time")[0])  # without the simulated time, which would make each message a new one
+    _say_once(
+        message.split(". Time")[0]
+    )  # without the simulated time, which would make each message a new one

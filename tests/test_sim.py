@@ -5,14 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 
-from simulator import render, suites
-from simulator.task import TaskSim
-import mujoco
-from support.errors import UserError
 from experts import PickAndPlaceExpert
+from simulator import meshes, render, suites
+from simulator.task import TaskSim
+from support.errors import UserError
 
 pytestmark = [pytest.mark.libero, pytest.mark.slow]
 
@@ -109,8 +109,12 @@ def test_states_equal_stock(both):
     actions = np.random.default_rng(0).uniform(-1, 1, (100, 7))
     for k in range(101):
         qpos, qvel = stock.qpos_qvel()
-        np.testing.assert_allclose(episode.data.qpos, qpos, rtol=0, atol=1e-9, err_msg=f"{suite}, after {k} actions")
-        np.testing.assert_allclose(episode.data.qvel, qvel, rtol=0, atol=1e-9, err_msg=f"{suite}, after {k} actions")
+        np.testing.assert_allclose(
+            episode.data.qpos, qpos, rtol=0, atol=1e-9, err_msg=f"{suite}, after {k} actions"
+        )
+        np.testing.assert_allclose(
+            episode.data.qvel, qvel, rtol=0, atol=1e-9, err_msg=f"{suite}, after {k} actions"
+        )
         if k < 100:
             assert episode.step(actions[k]) == stock.step(actions[k])
 
@@ -151,7 +155,9 @@ def test_success_equals_stock_along_a_demonstration(both):
     episode.reset(0)
     expert = PickAndPlaceExpert(episode, suite)
     actions, ours = [], []
-    while len(actions) < suites.max_steps(suite) and not any(ours[-5:-4]):  # and five steps beyond the first success
+    while len(actions) < suites.max_steps(suite) and not any(
+        ours[-5:-4]
+    ):  # and five steps beyond the first success
         if len(actions) % 4 == 0:
             command = expert.action(episode)
         actions.append(command)
@@ -197,7 +203,9 @@ def test_exact_picture_equals_stock(suite):
 def test_sheets_keep_their_own_colours():
     """A cover on a page, 2 mm apart: simplified, the faces of each still have texture coordinates of their own."""
 
-    def sheet(z, shift, low):  # 24 x 24 squares of 1 m, unindexed like MuJoCo's textured meshes; texture x from `low` on
+    def sheet(
+        z, shift, low
+    ):  # 24 x 24 squares of 1 m, unindexed like MuJoCo's textured meshes; texture x from `low` on
         x, y = np.meshgrid(np.arange(25.0) + shift, np.arange(25.0) + shift, indexing="ij")
         grid = np.stack((x, y, np.full_like(x, z) + 0.05 * np.sin(x)), -1) / 25
         a, b, c, d = grid[:-1, :-1], grid[1:, :-1], grid[1:, 1:], grid[:-1, 1:]
@@ -207,7 +215,7 @@ def test_sheets_keep_their_own_colours():
     (cover, cover_uv), (page, page_uv) = sheet(0.05, 0.0, 0.0), sheet(0.0, 0.5, 0.6)
     vert, uv = np.concatenate((cover, page)), np.concatenate((cover_uv, page_uv))
     face, up = np.arange(len(vert)).reshape(-1, 3), np.tile([0.0, 0.0, 1.0], (len(vert), 1))
-    new_vert, new_face, _, new_uv = render._decimate(vert, face, up, face, uv, face, 200)
+    new_vert, new_face, _, new_uv = meshes.decimate(vert, face, up, face, uv, face, 200)
     bend = 0.05 * np.sin(25 * new_vert[:, 0]) / 25
     is_cover = (new_vert[:, 2] - bend > 0.001)[new_face]
     assert len(new_face) <= 220 and is_cover.any() and not is_cover.all()
@@ -216,8 +224,10 @@ def test_sheets_keep_their_own_colours():
 
 def _in_one_go(task, episode):
     """The picture with everything drawn at once, where its cell is."""
-    kept = render.Kept(cells=episode._kept.cells, still=np.full(len(episode._kept.cells), render.STILL_PICTURES))
-    return task.draw(episode.data, kept)
+    kept = render.Kept(
+        cells=episode.kept.cells, still=np.full(len(episode.kept.cells), render.STILL_PICTURES)
+    )
+    return task.renderer.draw(episode.data, kept)
 
 
 def test_what_stands_still_is_drawn_once():
@@ -230,9 +240,9 @@ def test_what_stands_still_is_drawn_once():
     expert, again, carried = PickAndPlaceExpert(episode, "libero_object"), 0, 0.0
     height = episode.privileged()["objects"]["alphabet_soup_1"][0][2]
     for number in range(35):
-        before = episode._kept.pixels
+        before = episode.kept.pixels
         picture = episode.render()
-        again += episode._kept.pixels is not before
+        again += episode.kept.pixels is not before
         np.testing.assert_array_equal(_in_one_go(task, episode), picture)
         np.testing.assert_array_equal(episode.render(), picture)  # looking twice changes nothing
         if copied := number % 10 == 0:
@@ -255,7 +265,7 @@ def test_glass_is_drawn_with_what_is_behind_it():
     episode.reset(0)
     joint = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_JOINT, "microwave_1_microjoint")
     angle = task.model.jnt_qposadr[joint]
-    assert task._glass.sum() == 1
+    assert task.renderer.glass.sum() == 1
     for change in (0.0, 0.0, -0.3, -0.3, 0.0, 0.0, 0.0):
         episode.data.qpos[angle] += change
         mujoco.mj_forward(task.model, episode.data)
@@ -341,7 +351,9 @@ def test_random_placements(task):
             episode.reset(None, rng)
         before = np.random.get_state()[1].copy()
         episode.reset(None, rng)
-        np.testing.assert_array_equal(np.random.get_state()[1], before)  # LIBERO's global generator is put back
+        np.testing.assert_array_equal(
+            np.random.get_state()[1], before
+        )  # LIBERO's global generator is put back
         return episode.data.qpos.copy()
 
     np.testing.assert_array_equal(placement(5), placement(5))
@@ -425,11 +437,11 @@ def test_mesh_cache_saves_the_work_and_survives_any_damage(tmp_path, monkeypatch
     corner = (np.arange(n)[:, None] * (n + 1) + np.arange(n)).reshape(-1, 1)
     face = np.concatenate([corner + [0, n + 1, 1], corner + [1, n + 1, n + 2]])
     arrays = vert, face, np.tile([0.0, 0.0, 1.0], (len(vert), 1)), face, None, None
-    first = render._decimate_cached("key", arrays, 100)
+    first = meshes.decimate_cached("key", arrays, 100)
     assert len(first[1]) < len(face) and first[3] is None
     (file,) = (tmp_path / "vla_rl" / "meshes").iterdir()  # and no temporary one beside it
     good, written = file.read_bytes(), file.stat().st_mtime_ns
-    cached = render._decimate_cached("key", arrays, 100)
+    cached = meshes.decimate_cached("key", arrays, 100)
     assert all(np.array_equal(a, b) for a, b in zip(first[:3], cached[:3], strict=True)) and cached[3] is None
     assert file.stat().st_mtime_ns == written
     rng = np.random.default_rng(0)
@@ -438,10 +450,10 @@ def test_mesh_cache_saves_the_work_and_survives_any_damage(tmp_path, monkeypatch
     damaged += [good[: b // 8] + bytes([good[b // 8] ^ 1 << b % 8]) + good[b // 8 + 1 :] for b in bits]
     for data in damaged:
         file.write_bytes(data)
-        again = render._decimate_cached("key", arrays, 100)
+        again = meshes.decimate_cached("key", arrays, 100)
         assert all(np.array_equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-    render._decimate_cached("another key", arrays, 100)  # such as another version of MuJoCo
-    render._decimate_cached("key", arrays, 90)
+    meshes.decimate_cached("another key", arrays, 100)  # such as another version of MuJoCo
+    meshes.decimate_cached("key", arrays, 90)
     assert len(list(file.parent.iterdir())) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # cannot be written
-    assert np.array_equal(render._decimate_cached("key", arrays, 100)[1], first[1])
+    assert np.array_equal(meshes.decimate_cached("key", arrays, 100)[1], first[1])
