@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help start train eval test test-fast bench libraries
+.PHONY: help start train eval test test-fast bench clean-cache libraries
 
 help: ## show this list
 	@echo 'usage: make TARGET [ARGS="--flag value ..."]'
@@ -32,6 +32,9 @@ test: libraries ## all tests
 
 test-fast: $(READY) ## the tests that need neither the simulator nor patience
 	@$(PY) -m pytest -q -m "not libero and not slow" $(ARGS)
+
+clean-cache: $(READY) ## delete compiled tasks and simplified meshes (8 MB a task); the next start makes them again
+	@$(PY) -c "import shutil; from support.machine import cache_dir; print(cache_dir()); shutil.rmtree(cache_dir(), ignore_errors=True)"
 
 libraries: $(READY)
 	@$(PY) -c "from support.machine import require_system_libraries; require_system_libraries()"

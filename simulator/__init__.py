@@ -38,6 +38,10 @@ def _is_about_opengl(exc):
 
 if os.environ["MUJOCO_GL"] not in ("egl", "osmesa"):
     raise UserError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work without a display; unset it")
+if os.environ.get("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"]).lower() != os.environ["MUJOCO_GL"]:
+    raise UserError(
+        f"PYOPENGL_PLATFORM={os.environ['PYOPENGL_PLATFORM']} does not work without a display; unset it"
+    )
 _place_numba_cache()
 try:
     silence_third_party()

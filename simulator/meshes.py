@@ -6,12 +6,11 @@ come from the original surface.
 """
 
 import contextlib
-import copy
 import hashlib
 import os
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+import cv2
 import fast_simplification
 import mujoco
 import numpy as np
@@ -19,7 +18,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from simulator.render import CAMERA
+from simulator.compact import model_to_draw
+from simulator.render import CAMERA, VISIBLE
+from support.machine import cache_dir
 
 # Three triangles for four pixels of a mesh's bounding circle on the 256 px image, and never fewer than MIN_FACES.
 # Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained (docs/simulator.md).
@@ -100,45 +101,21 @@ def decimate(vert, face, normal, face_normal, uv, face_uv, target):
     return new_vert, new_face, out_normal, out_uv
 
 
-def _write_mesh(model, i, vert, face, normal, uv):
-    """Overwrite mesh `i` of a render-only model copy with a smaller mesh. Returns False where it does not fit.
-
-    Corners share normals and texture coordinates where the original's did: those are all the original's, so the distinct
-    ones always fit into its place.
-    """
-    n = len(face)
-    if len(vert) > model.mesh_vertnum[i]:
-        return False
-    va, fa = model.mesh_vertadr[i], model.mesh_faceadr[i]
-    model.mesh_vert[va : va + len(vert)] = vert
-    model.mesh_face[fa : fa + n] = face
-    for values, start, array, index in (
-        (normal, model.mesh_normaladr[i], model.mesh_normal, model.mesh_facenormal),
-        (uv, model.mesh_texcoordadr[i], model.mesh_texcoord, model.mesh_facetexcoord),
-    ):
-        if values is not None:
-            distinct, corners = np.unique(values.reshape(3 * n, -1), axis=0, return_inverse=True)
-            array[start : start + len(distinct)] = distinct
-            index[fa : fa + n] = corners.reshape(n, 3)
-    model.mesh_facenum[i] = n
-    return True
-
-
-def _cache_dir():
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return root / "vla_rl" / "meshes"
-
-
-def _cache_version():
-    """Everything that the simplified meshes depend on besides the mesh itself."""
-    names = ("mujoco", "fast-simplification", "numpy", "scipy")
+def versions(*names):
+    """Names and versions of packages, as one line: part of a cache's key."""
     found = []
     for name in names:
         try:
             found.append(f"{name}={version(name)}")
         except PackageNotFoundError:
             found.append(name)
-    return ";".join(found) + f";{MIN_FACES};{DECIMATION_AGGRESSIVENESS};by part"
+    return ";".join(found)
+
+
+def _cache_version():
+    """Everything that the simplified meshes depend on besides the mesh itself."""
+    known = versions("mujoco", "fast-simplification", "numpy", "scipy")
+    return known + f";{MIN_FACES};{DECIMATION_AGGRESSIVENESS};by part"
 
 
 def decimate_cached(key, arrays, target):
@@ -147,7 +124,7 @@ def decimate_cached(key, arrays, target):
     for a in arrays:
         digest.update(b"-" if a is None else np.ascontiguousarray(a).tobytes())
     digest.update(str(int(target)).encode())
-    path = _cache_dir() / f"{digest.hexdigest()[:32]}.npz"
+    path = cache_dir() / "meshes" / f"{digest.hexdigest()[:32]}.npz"
     try:
         with np.load(path, allow_pickle=False) as z:
             if "face" not in z:
@@ -172,66 +149,90 @@ def decimate_cached(key, arrays, target):
     return result
 
 
-def shrink_textures(model, limit):
-    """Halve a render-only model copy's textures until no side exceeds `limit` pixels, averaging 2 x 2 blocks.
+def shrunk(image, limit):
+    """A texture (H, W, channels) uint8, halved until no side exceeds `limit` pixels, by averages of 2 x 2 blocks.
 
-    LIBERO ships 4096 px textures for objects that cover 50 pixels of the image; the renderer's own mipmaps would
-    average them down anyway. It saves memory: the renderer holds 47 MB for a task instead of 172. Cube maps shrink like
-    the others: their six faces are stacked, and no 2 x 2 block reaches across an edge.
+    LIBERO ships 4096 px textures for objects that cover 50 pixels of the image; the renderer's own mipmaps would average them
+    down anyway. Cube maps shrink like the others: their six faces are stacked, and no 2 x 2 block reaches across an edge.
     """
-    for i in range(model.ntex):
-        height, width, channels = model.tex_height[i], model.tex_width[i], model.tex_nchannel[i]
-        start = model.tex_adr[i]
-        image = model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
-        while max(height, width) > limit and height % 2 == 0 and width % 2 == 0:
-            blocks = image.reshape(height // 2, 2, width // 2, 2, channels)
-            image = ((blocks.astype(np.uint16).sum((1, 3)) + 2) // 4).astype(np.uint8)
-            height, width = height // 2, width // 2
-        if width != model.tex_width[i]:
-            model.tex_data[start : start + image.size] = image.reshape(-1)
-            model.tex_height[i], model.tex_width[i] = height, width
+    while max(image.shape[:2]) > limit and image.shape[0] % 2 == image.shape[1] % 2 == 0:
+        size = image.shape[1] // 2, image.shape[0] // 2
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA).reshape(size[1], size[0], -1)
+    return image
 
 
-def light_model(model, data, image_size=256):
-    """A copy of `model` for the renderer, with every mesh reduced to what `image_size` pixels can show.
+def _face_budgets(model, data, image_size):
+    """How many triangles each mesh may have, (nmesh,) int; 0 for one that is never drawn.
 
-    A mesh's budget follows from its size on screen: the projected diameter of its bounding sphere at its distance.
+    It follows from the mesh's size on screen: the projected diameter of its bounding sphere at its distance.
     """
-    light = copy.copy(model)
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
     focal = 0.5 * image_size / np.tan(0.5 * np.deg2rad(model.cam_fovy[camera]))  # pixels
-    diameter = np.zeros(model.nmesh)
-    for g in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_MESH):
-        if model.geom_group[g] == 1:  # group 1 is what robosuite draws; group 0 is collision geometry
-            distance = np.linalg.norm(data.geom_xpos[g] - data.cam_xpos[camera])
-            i = model.geom_dataid[g]
-            diameter[i] = max(diameter[i], 2.0 * model.geom_rbound[g] * focal / distance)
-    key = _cache_version()
-    for i in range(model.nmesh):
-        if diameter[i] == 0.0:
-            light.mesh_facenum[i] = 0  # never drawn: nothing to upload
-            continue
+    budgets = np.zeros(model.nmesh, int)
+    for g in np.flatnonzero((model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) & (model.geom_group == VISIBLE)):
+        i, distance = model.geom_dataid[g], np.linalg.norm(data.geom_xpos[g] - data.cam_xpos[camera])
+        diameter = 2.0 * model.geom_rbound[g] * focal / distance
         per_pixel = FACES_PER_PIXEL if model.mesh_texcoordadr[i] >= 0 else PLAIN_FACES_PER_PIXEL
-        if diameter[i] >= WICKER_PIXELS and "basket_vis" in model.mesh(i).name:
+        if diameter >= WICKER_PIXELS and "basket_vis" in model.mesh(i).name:
             per_pixel = WICKER_FACES_PER_PIXEL
-        target = max(MIN_FACES, int(per_pixel * np.pi / 4 * diameter[i] ** 2))
-        if model.mesh_facenum[i] <= target:
-            continue
-        v = slice(model.mesh_vertadr[i], model.mesh_vertadr[i] + model.mesh_vertnum[i])
-        f = slice(model.mesh_faceadr[i], model.mesh_faceadr[i] + model.mesh_facenum[i])
-        n = slice(model.mesh_normaladr[i], model.mesh_normaladr[i] + model.mesh_normalnum[i])
+        budgets[i] = max(budgets[i], MIN_FACES, int(per_pixel * np.pi / 4 * diameter**2))
+    return budgets
+
+
+def _stretch(address, count):
+    return slice(address, address + count)
+
+
+def light_model(model, physics, data, image_size=256):
+    """The model that the renderer gets for light pictures: `model` with every mesh and texture reduced to what it can show.
+
+    physics: `physics_model(model)`, for all that is no mesh and no texture. data: the scene after a reset, for what is how far
+    from the camera. The result is only for drawing.
+    """
+    budgets, key = _face_budgets(model, data, image_size), _cache_version()
+    arrays = {name: [] for name in ("vert", "face", "normal", "facenormal", "texcoord", "facetexcoord")}
+    for i in range(model.nmesh):
+        v = _stretch(model.mesh_vertadr[i], model.mesh_vertnum[i])
+        f = _stretch(model.mesh_faceadr[i], model.mesh_facenum[i])
+        n = _stretch(model.mesh_normaladr[i], model.mesh_normalnum[i])
+        t = _stretch(model.mesh_texcoordadr[i], model.mesh_texcoordnum[i])
         textured = model.mesh_texcoordadr[i] >= 0
-        t = slice(model.mesh_texcoordadr[i], model.mesh_texcoordadr[i] + model.mesh_texcoordnum[i])
-        arrays = (
-            model.mesh_vert[v],
-            model.mesh_face[f],
-            model.mesh_normal[n],
-            model.mesh_facenormal[f],
-            model.mesh_texcoord[t] if textured else None,
-            model.mesh_facetexcoord[f] if textured else None,
-        )
-        result = decimate_cached(key, arrays, target)
-        if result is not None:
-            _write_mesh(light, i, *result)
-    shrink_textures(light, 2 * image_size)
-    return light
+        mesh = [model.mesh_vert[v], model.mesh_face[f], model.mesh_normal[n], model.mesh_facenormal[f]]
+        mesh += [model.mesh_texcoord[t], model.mesh_facetexcoord[f]] if textured else [None, None]
+        if budgets[i] == 0:
+            mesh = [part if part is None else part[:0] for part in mesh]
+        elif model.mesh_facenum[i] > budgets[i]:
+            fewer = decimate_cached(key, mesh, budgets[i])
+            if fewer is not None:
+                mesh = [*fewer[:2], *_indexed(fewer[2]), *_indexed(fewer[3])]
+        if mesh[4] is None:
+            mesh[4:] = np.empty((0, 2)), np.zeros_like(mesh[1])
+        for parts, part in zip(arrays.values(), mesh, strict=True):
+            parts.append(part)
+    new = {f"mesh_{name}": np.concatenate(parts) for name, parts in arrays.items()}
+    for name in ("vert", "face", "normal", "texcoord"):
+        count = np.array([len(part) for part in arrays[name]])
+        new[f"mesh_{name}num"] = count
+        new[f"mesh_{name}adr"] = np.where(getattr(model, f"mesh_{name}adr") < 0, -1, np.cumsum(count) - count)
+        new[f"nmesh{name}"] = count.sum()
+    textures = []
+    for i in range(model.ntex):
+        shape = model.tex_height[i], model.tex_width[i], model.tex_nchannel[i]
+        image = model.tex_data[_stretch(model.tex_adr[i], np.prod(shape))].reshape(shape)
+        textures.append(shrunk(image, 2 * image_size))
+    pixels = np.array([image.size for image in textures])
+    new |= {
+        "tex_data": np.concatenate([image.reshape(-1) for image in textures]),
+        "tex_adr": np.cumsum(pixels) - pixels,
+        "tex_height": [image.shape[0] for image in textures],
+        "tex_width": [image.shape[1] for image in textures],
+        "ntexdata": pixels.sum(),
+    }
+    return model_to_draw(physics, new)
+
+
+def _indexed(corners):
+    """(F, 3, d) values at the corners of faces -> a list of values (3 F, d) and indices into it (F, 3). None -> two Nones."""
+    if corners is None:
+        return None, None
+    return corners.reshape(-1, corners.shape[2]), np.arange(3 * len(corners)).reshape(-1, 3)

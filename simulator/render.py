@@ -166,15 +166,27 @@ def gl_context():
     """Make the process's OpenGL context current; the first call creates it. UserError where EGL does not work."""
     global _GL
     if _GL is None:
-        mujoco.GLContext._context = None  # its __del__ reads this, also where __init__ failed
-        try:
-            _GL = mujoco.GLContext(640, 480)
-        except (
-            Exception
-        ) as exc:  # PyOpenGL raises ImportError, AttributeError or its own EGLError, by what is missing
-            raise UserError(f"{EGL_HELP} ({type(exc).__name__}: {exc})") from exc
+        _GL = _new_context()
     _GL.make_current()
     return _GL
+
+
+def _new_context():
+    backend, device = os.environ["MUJOCO_GL"], os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if backend == "egl" and device is not None:
+        last = num_egl_devices() - 1
+        if last >= 0 and not (device.isdecimal() and int(device) <= last):
+            raise UserError(
+                f"MUJOCO_EGL_DEVICE_ID={device}: EGL's devices are numbered here between 0 and {last}; "
+                "unset it to take the first that works"
+            )
+    try:  # PyOpenGL raises ImportError, AttributeError or its own EGLError, by what is missing
+        # By its own name: `mujoco.GLContext` is another class where mujoco was imported before MUJOCO_GL was set.
+        context_class = importlib.import_module(f"mujoco.{backend}").GLContext
+        context_class._context = None  # its __del__ reads this, also where __init__ failed
+        return context_class(640, 480)
+    except Exception as exc:
+        raise UserError(f"{EGL_HELP} ({type(exc).__name__}: {exc})") from exc
 
 
 def check_egl():

@@ -19,20 +19,16 @@ Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models
 `envs/bddl_base_domain.py`; measured facts in README ("Environments").
 """
 
-import copy
-from pathlib import Path
-
 import mujoco
 import numpy as np
-from libero.libero import get_libero_path
 from libero.libero.envs.env_wrapper import ControlEnv
 from robosuite.utils.control_utils import set_goal_orientation
 
+from simulator.compiled import CompiledTask
 from simulator.controller import GRIPPER_SPEED, OUTPUT_MAX, SUBSTEPS, osc_control, stock_solves
-from simulator.memory import free_build_memory, release_visual_data
-from simulator.meshes import light_model
+from simulator.memory import free_build_memory
 from simulator.render import Kept, Renderer, gl_context
-from simulator.suites import check_task_ids, get_suite
+from simulator.suites import bddl_path, check_task_ids, get_suite, init_states, instructions, paths_come_from
 from support.errors import UserError
 
 SETTLE_STEPS = 10  # no-op steps after placing the objects, so that they come to rest
@@ -54,16 +50,33 @@ class TaskSim:
         if render not in ("light", "exact", "none"):
             raise UserError(f"unknown render mode {render!r}: choose light, exact or none")
         check_task_ids(suite, [task_id])
-        bench = get_suite(suite)
-        task = bench.get_task(task_id)
         self.suite, self.task_id, self.render_mode, self.resolution = suite, task_id, render, resolution
-        self.name, self.instruction = task.name, task.language
-        self.init_states = np.asarray(bench.get_task_init_states(task_id))
+        self.name, self.instruction = get_suite(suite).get_task(task_id).name, instructions(suite)[task_id]
+        self.init_states = init_states(suite, task_id)
         self.num_init_states = len(self.init_states)
+        bddl = bddl_path(suite, task_id)
         if render != "none":
             gl_context()
-        bddl = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-        self.env = ControlEnv(bddl_file_name=str(bddl), has_offscreen_renderer=False, use_camera_obs=False)
+        light = render == "light"
+        compiled = CompiledTask(bddl, light_size=resolution if light else None, whole=render == "exact")
+        with compiled:
+            try:
+                with compiled.compiles_for_robosuite():
+                    self.env = ControlEnv(str(bddl), has_offscreen_renderer=False, use_camera_obs=False)
+            except FileNotFoundError as exc:  # several suites of the package lack assets
+                what = f"{suite} task {task_id} cannot be built: {exc.filename} does not exist"
+                raise UserError(what + paths_come_from()) from exc
+            self._read_environment()
+            self.renderer = None
+            if render != "none":
+                data = self.env.sim.data._data
+                drawn = compiled.light(data) if light else compiled.whole
+                self.renderer = Renderer(self.model, drawn, data, self.site, light, resolution)
+                del drawn
+        free_build_memory()
+
+    def _read_environment(self):
+        """Take from LIBERO's environment, once, what every control step needs."""
         self.env.env.hard_reset = False  # a reset moves objects; it need not compile the same model again
         # A stock reset loads the task a second time, and LIBERO then lists each articulated fixture (a drawer that
         # starts open) twice and draws its joint twice. Without the same draws, what is placed next lands elsewhere.
@@ -99,15 +112,6 @@ class TaskSim:
             [self.env.sim.model.body_name2id(f.root_body) for f in self.env.env.fixtures], dtype=int
         )
         self.objects = dict(self.env.env.obj_body_id)  # name -> body id, fixtures included
-        free_build_memory()  # here too, because the renderer's copy of the model comes next: the peak is 0.4 GB lower
-        self.renderer = None
-        if render != "none":
-            light = render == "light"
-            drawn = light_model(self.model, data, resolution) if light else copy.copy(self.model)
-            self.renderer = Renderer(self.model, drawn, data, self.site, light, resolution)
-            del drawn
-        release_visual_data(self.model)
-        free_build_memory()
         self._jacp, self._jacr, self._mass = np.zeros((3, nv)), np.zeros((3, nv)), np.zeros((nv, nv))
 
     def _stock_reset(self, seed):

@@ -49,7 +49,7 @@ def cores(root="/"):
     every core overruns and is then stopped for. Half a core counts as one. root: where /proc and /sys are, for tests.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed, math.ceil(_quota(Path(root)))))
+    return max(1, math.ceil(min(allowed, _quota(Path(root)))))
 
 
 def _quota(root):

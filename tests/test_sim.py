@@ -415,7 +415,7 @@ def test_unknown_names(task):
         ({"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}, "apt-get install"),  # no driver
         ({"MUJOCO_EGL_DEVICE_ID": "99"}, "between 0 and"),
         ({"MUJOCO_GL": "glfw"}, "MUJOCO_GL=glfw"),
-        ({"PYOPENGL_PLATFORM": "glx"}, "apt-get install"),
+        ({"PYOPENGL_PLATFORM": "glx"}, "PYOPENGL_PLATFORM=glx"),
     ],
 )
 def test_without_egl_there_is_one_line(broken, words):
