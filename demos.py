@@ -34,7 +34,7 @@ from experts import PickAndPlaceExpert, disturb
 from support.cli import parse_args
 from support.errors import UserError, main_guard
 from support.files import safe_name
-from support.machine import die_with_parent
+from support.machine import cores, die_with_parent
 from support.quiet import progress_bar
 from support.statistics import wilson_interval
 
@@ -392,7 +392,7 @@ def main():
             (Path(args.out) / args.suite).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise UserError(f"cannot write to {args.out}: {exc.strerror}; choose another --out") from exc
-    workers = args.num_workers or len(os.sched_getaffinity(0))
+    workers = args.num_workers or cores()
     shares = min(workers, 50 if args.check else args.num_demos)
     # Neighbouring jobs are the same task's shares, so that both workers leave a task at about the same time.
     jobs = [(args, t, share, shares) for t in task_ids for share in range(shares)]

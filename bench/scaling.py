@@ -7,7 +7,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from bench.common import ROOT, table, training_flags
 from policy import ActorCritic, OpenVLA
 from simulator.suites import instructions
+from support import machine
 from support.cli import flag
 from support.errors import UserError
 
@@ -153,7 +153,7 @@ def measure(args):
     missing = ["--" + name.replace("_", "-") for name, value in parts.items() if value is None]
     if missing and not args.measure:
         raise UserError(f"--no-measure needs all parts; missing: {', '.join(missing)}")
-    gpus, machine_cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    gpus, machine_cores = torch.cuda.device_count(), machine.cores()
     places, kind = (gpus, "GPUs") if gpus else (machine_cores, "cores")
     cores = args.cores_per_gpu or max(1, machine_cores // max(1, gpus))
     measured = []

@@ -70,9 +70,11 @@ class WorkerPool:
     def start(self, task_ids, on_built=lambda: None):
         """Start all workers, each with these tasks compiled. on_built(): called as each one is."""
         try:
-            for worker in self._workers:
+            for w, worker in enumerate(self._workers):
                 worker.spawn(self._config)
-                worker.send(("build", task_ids), BUILD_TIMEOUT)
+                # Each begins with another task: what one has compiled, the others load (simulator/compiled.py).
+                first = w * len(task_ids) // len(self._workers)
+                worker.send(("build", [*task_ids[first:], *task_ids[:first]]), BUILD_TIMEOUT)
             self.finish(on_built)
         except BaseException:
             self.close()
@@ -254,8 +256,3 @@ def _release(workers, descriptor):
         worker.kill()
         worker.outstanding.clear()
     os.close(descriptor)
-
-
-def cores():
-    """Cores that this process may use: fewer than the machine has in a container or under taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -34,6 +34,10 @@ from support.errors import UserError
 SETTLE_STEPS = 10  # no-op steps after placing the objects, so that they come to rest
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])  # policy convention: gripper 1 = open
 _FULL_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+# Where MuJoCo found NaN or numbers beyond 1e10: it then starts the simulation again from the XML's pose, with only a warning.
+_UNSTABLE = [
+    int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{what}")) for what in ("QPOS", "QVEL", "QACC", "CTRL")
+]
 
 
 class TaskSim:
@@ -153,7 +157,11 @@ class TaskSim:
 
 
 class Episode:
-    """One running episode: own `MjData`, controller goal and gripper on a shared `TaskSim`."""
+    """One running episode: own `MjData`, controller goal and gripper on a shared `TaskSim`.
+
+    unstable: whether the simulation has exploded since the last reset. Such an episode is lost: what it shows afterwards has
+    nothing to do with what was done before.
+    """
 
     def __init__(self, sim):
         self.sim = sim
@@ -161,6 +169,7 @@ class Episode:
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper = np.zeros(2)  # normalised finger targets, ramped by GRIPPER_SPEED per substep
         self.first = True  # the next substep is the episode's first
+        self.unstable = False
         self.kept = Kept()
         d = self.data  # as `osc_control` takes them; MuJoCo never moves these arrays
         site = (d.site_xpos[sim.site], d.site_xmat[sim.site].reshape(3, 3))
@@ -183,7 +192,8 @@ class Episode:
         sim, m, d = self.sim, self.sim.model, self.data
         self.goal_pos, self.goal_ori = (g.copy() for g in sim.initial_goal)
         self.gripper[:] = 0.0
-        self.first, self.kept = True, Kept()
+        self.first, self.unstable, self.kept = True, False, Kept()
+        d.warning.number[:] = 0
         if init_state is None:
             if rng is None:
                 raise ValueError("a random placement needs an rng")
@@ -209,7 +219,10 @@ class Episode:
             self.step(NO_OP)
 
     def step(self, action):
-        """One control step (0.05 s). action (7,) in policy convention, clipped to [-1, 1]; returns success (bool)."""
+        """One control step (0.05 s). action (7,) in policy convention, clipped to [-1, 1]; returns success (bool).
+
+        An `unstable` episode has no success.
+        """
         sim, m, d = self.sim, self.sim.model, self.data
         self._activate()
         delta = np.clip(action[:6], -1.0, 1.0) * OUTPUT_MAX
@@ -243,7 +256,8 @@ class Episode:
                 sim.torque_limit,
             )
             mujoco.mj_step2(m, d)
-        return bool(sim.env.check_success())
+        self.unstable = self.unstable or bool(d.warning.number[_UNSTABLE].any())
+        return not self.unstable and bool(sim.env.check_success())
 
     def render(self):
         """The agentview image, (resolution, resolution, 3) uint8, rotated by 180 degrees: upright, for OpenVLA."""
@@ -273,7 +287,8 @@ class Episode:
         full, self.goal_pos, ori, self.gripper, first, pos, quat = (
             p.copy() for p in np.split(state, sizes[:-1])
         )
-        self.first = bool(first[0])
+        self.first, self.unstable = bool(first[0]), False
+        self.data.warning.number[:] = 0
         self.goal_ori, self.body_pos, self.body_quat = (
             ori.reshape(3, 3),
             pos.reshape(f, 3),

@@ -37,6 +37,8 @@ def set_library_variables():
     # busy program, the thread that they wait for may be the one without a core. Sleeping at once is slower on a quiet machine.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if cores() < _allowed():  # a quota of time: more threads than that only wait for the next share
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a display
     # Mesa reports every GPU device file that it may not open, on machines where software rendering was wanted anyway.
     os.environ.setdefault("EGL_LOG_LEVEL", "fatal")
@@ -48,8 +50,11 @@ def cores(root="/"):
     `taskset` and Slurm set an affinity; `docker --cpus` and Kubernetes a quota of time, which a program with a thread for
     every core overruns and is then stopped for. Half a core counts as one. root: where /proc and /sys are, for tests.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, math.ceil(min(allowed, _quota(Path(root)))))
+    return max(1, math.ceil(min(_allowed(), _quota(Path(root)))))
+
+
+def _allowed():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _quota(root):

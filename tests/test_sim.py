@@ -344,6 +344,30 @@ def test_episodes_do_not_disturb_each_other():
     task.close()
 
 
+@pytest.mark.parametrize("name, value", [("qpos", 1e11), ("qpos", np.nan), ("qvel", 1e6), ("qvel", np.nan)])
+def test_an_unstable_simulation_is_noticed(task, name, value):
+    """MuJoCo starts it again from the XML's pose in silence; the episode must not go on as if nothing had happened."""
+    episode = task.episode()
+    episode.reset(0)
+    good = episode.get_state()
+    for _ in range(3):
+        assert not episode.unstable
+        episode.step(np.zeros(7))
+    getattr(episode.data, name)[20] = value
+    assert episode.step(np.zeros(7)) is False and episode.unstable
+    episode.step(np.zeros(7))
+    assert episode.unstable  # until the next reset
+    episode.reset(1)
+    episode.step(np.zeros(7))
+    assert not episode.unstable
+    getattr(episode.data, name)[20] = value
+    episode.step(np.zeros(7))
+    assert episode.unstable
+    episode.set_state(good)
+    episode.step(np.zeros(7))
+    assert not episode.unstable
+
+
 def test_random_placements(task):
     def placement(seed, warm_up=0):
         episode, rng = task.episode(), np.random.default_rng(seed)
