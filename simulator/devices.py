@@ -2,8 +2,8 @@
 
 import os
 
-from simulator.pool import cores
 from simulator.render import num_egl_devices
+from support.machine import cores
 
 
 def share_of_machine(ranks, num_workers=None, egl_devices=None):
