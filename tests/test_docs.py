@@ -199,7 +199,7 @@ for script, *command in json.loads(sys.argv[1]):
             code = 0
         except SystemExit as exc:
             code = exc.code or 0
-    heavy = [m for m in ("mujoco", "robosuite", "libero", "transformers", "peft") if m in sys.modules]
+    heavy = [m for m in ("torch", "mujoco", "robosuite", "libero", "transformers", "peft", "matplotlib") if m in sys.modules]
     answers[" ".join([script, *command])] = [code, out.getvalue(), err.getvalue(), heavy]
 print(json.dumps(answers))
 """
