@@ -178,9 +178,8 @@ def _play(envs, queue, act, seed, video, on_step, any_busy):
         for i in active:
             if playing[i][1] < video:
                 films[i].append(obs["agentview"][i].copy())
-        rows = (
-            active if len(active) else np.array([0])
-        )  # (B,); nothing to decide here, but perhaps on other ranks
+        # (B,). Where nothing is to be decided, a sharded model may still need this rank's part of a forward pass.
+        rows = active if len(active) else np.array([0])
         sentences, generators = [obs["instruction"][i] for i in rows], [samplers[i] for i in rows]
         actions[rows] = act(obs["agentview"][rows], sentences, generators)
 

@@ -160,10 +160,10 @@ def test_same_trajectories_with_one_and_two_workers(one, two):
     runs = []
     for envs in (one, two):
         obs, info = envs.reset(seed=11)
-        runs.append([_record(obs, info)] + _rollout(envs, 7))  # two episode ends in each slot
+        runs.append([_record(obs, info)] + _rollout(envs, 7))  # two episode ends in each environment
     _assert_same(*runs)
     frames = runs[0][0]["frames"]
-    assert not np.array_equal(frames[0], frames[1])  # slots do not share their randomness
+    assert not np.array_equal(frames[0], frames[1])  # environments do not share their randomness
     obs, info = one.reset()
     assert not np.array_equal(obs["agentview"], frames)  # goes on: other episodes
     obs, info = one.reset(seed=11)
@@ -236,17 +236,17 @@ def test_truncation_and_final_observation(one):
     )  # truncated, not terminated, no reward
 
 
-def _soup_in_basket(state, slot):
-    """A copy of the saved environments in which slot's task 0 (alphabet soup) is all but done."""
+def _soup_in_basket(state, i):
+    """A copy of the saved environments in which environment i's task 0 (alphabet soup) is all but done."""
     from simulator.task import TaskSim
 
     task = TaskSim(SUITE, 0, "none")
     qpos = 1 + task.model.joint("alphabet_soup_1_joint0").qposadr[0]  # the state vector begins with the time
     episode = task.episode()
-    episode.set_state(state[f"sim_{slot}"])
+    episode.set_state(state[f"sim_{i}"])
     basket = episode.privileged()["objects"]["basket_1"][0]
     state = {name: array.copy() for name, array in state.items()}
-    state[f"sim_{slot}"][qpos : qpos + 3] = basket + [0.0, 0.0, 0.06]
+    state[f"sim_{i}"][qpos : qpos + 3] = basket + [0.0, 0.0, 0.06]
     return state
 
 
@@ -254,7 +254,7 @@ def _soup_in_basket(state, slot):
 def test_success_ends_the_decision_early(one):
     one.action_repeat, one.max_steps = 4, 280
     one.reset(seed=0, options={"task_ids": [0] * N, "init_states": [0, 1, 2]})
-    state = _soup_in_basket(one.get_state(), slot=1)
+    state = _soup_in_basket(one.get_state(), i=1)
     one.set_state(state)
     obs, reward, terminated, truncated, info = one.step(np.zeros((N, 7)))
     assert (
@@ -265,7 +265,7 @@ def test_success_ends_the_decision_early(one):
     assert info["init_state"].tolist() == [0, 1, 2] and info["task_id"].tolist() == [0, 0, 0]
     assert one.curriculum.num_updates == int(
         state["curriculum_num_updates"]
-    )  # asked for: none of its business
+    )  # assigned: none of its business
 
 
 def _interrupt_a_step(envs):
@@ -282,6 +282,32 @@ def _interrupt_a_step(envs):
         while True:  # until it arrives in the middle of one
             envs.step(_actions(0))
     thread.join()
+
+
+@libero
+def test_an_episode_whose_simulation_diverges_is_lost(one):
+    one.action_repeat, one.max_steps = 4, 20
+    obs, _ = one.reset(seed=1)
+    obs, *_ = one.step(_actions(0))
+    state, last_seen = one.get_state(), obs["agentview"].copy()
+    state["sim_1"][10] = 1e11  # a position: MuJoCo gives up beyond 1e10
+    one.set_state(state)
+    known = one.curriculum.num_updates
+    obs, reward, terminated, truncated, info = one.step(_actions(1))
+    lost = [False, True, False]
+    assert (
+        truncated.tolist()
+        == info["unstable"].tolist()
+        == info["lost"].tolist()
+        == info["started"].tolist()
+        == lost
+    )
+    assert not terminated.any() and not reward.any() and not info["worker_restarted"].any()
+    np.testing.assert_array_equal(info["final_obs"][1]["agentview"], last_seen[1])
+    assert one.curriculum.num_updates == known and one.num_restarts == 0
+    assert info["episode_length"].tolist() == [8, 5, 8]  # noticed in the control step after
+    _, _, _, truncated, info = one.step(_actions(2))  # and the next episode is an ordinary one
+    assert not truncated.any() and info["episode_length"].tolist() == [12, 4, 12]
 
 
 @libero
@@ -350,7 +376,7 @@ def test_assignments_and_idle_environments(one):
     assert info["started"].tolist() == [False, True, False] and one.active.tolist() == [True, True, False]
     *_, truncated, info = one.step(_actions(3))
     assert truncated.tolist() == [True, False, False] and info["init_state"][0] == 9
-    # Initial state 9 of task 0 is the same picture in any slot and after any history.
+    # Initial state 9 of task 0 is the same picture in any environment and after any history.
     obs, _ = one.reset(options={"task_ids": [0] * N, "init_states": [9] * N})
     np.testing.assert_array_equal(obs["agentview"][0], obs["agentview"][2])
 
@@ -387,7 +413,7 @@ def test_lost_worker_is_replaced_and_the_others_keep_their_data(two, capfd, how)
     _assert_same(undisturbed[:2], _rollout(two, 2))
     last_seen = two._arrays.agentview.copy()
     capfd.readouterr()
-    os.kill(two.worker_pids[0], how)  # owns slots 0 and 1
+    os.kill(two.worker_pids[0], how)  # has environments 0 and 1
     obs, reward, terminated, truncated, info = two.step(_actions(2))
     assert (
         truncated.tolist()
@@ -427,7 +453,7 @@ def test_kills_at_any_moment_lose_nothing(two):
 @libero
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_a_dying_worker_had_reported_stands(one, ends):
-    """One worker, three slots; killed between the first and the last of them, in a step that ends episodes or not."""
+    """One worker, three environments; killed between the first and the last of them, in a step that ends episodes or not."""
     one.max_steps = 6 if ends else 20
     one.reset(seed=9)
     undisturbed = _rollout(one, 3)[-1]

@@ -184,11 +184,13 @@ def test_borrowed_environments_go_on_as_if_nothing_had_happened(model, envs, sho
 
 
 @pytest.mark.libero
-def test_an_episode_that_always_kills_its_worker_ends_the_evaluation(model, envs, short, capfd):
+def test_an_episode_that_always_kills_its_worker_ends_the_evaluation(model, envs, short, capfd, monkeypatch):
+    monkeypatch.setattr("eval.MAX_LOST", 1)
+
     def kill():
         os.kill(envs.worker_pids[0], signal.SIGKILL)
 
-    with pytest.raises(UserError, match="task 0, state 0 lost its simulator 4 times"):
+    with pytest.raises(UserError, match="task 0, state 0 lost its simulator 2 times"):
         evaluate(model, SUITE, [0], 1, envs=envs, on_step=kill, progress=False)
 
 
@@ -205,6 +207,28 @@ def test_a_killed_worker_costs_no_episode(model, envs, short, capfd):
     assert _played(result) == [(t, i) for t in (0, 1) for i in range(3)]
     assert {e["steps"] for e in result.episodes} == {12}
     assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.libero
+def test_an_unstable_simulation_is_a_failure_with_a_name(model, envs, short):
+    """In the second step; its state is damaged between two steps, as a divergence would."""
+    steps = []
+
+    def damage():
+        steps.append(None)
+        if len(steps) == 1:
+            state = envs.get_state()
+            state["sim_0"][10] = 1e11
+            envs.set_state(state)
+
+    result = evaluate(model, SUITE, [0], 2, envs=envs, on_step=damage, progress=False)
+    assert [
+        (e["init_state"], e["success"], e.get("unstable", False)) for e in result.to_dict()["episodes"]
+    ] == [
+        (0, False, True),
+        (1, False, False),
+    ]
+    assert "0/0" in result.to_markdown().splitlines()[-1]
 
 
 @pytest.mark.libero
