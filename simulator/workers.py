@@ -142,7 +142,7 @@ class Worker:
         for _ in range(action_repeat):
             success = bool(episode.step(s.actions[i]))
             steps += 1
-            if success or steps >= max_steps:
+            if success or episode.unstable or steps >= max_steps:
                 break
         t1 = time.perf_counter()
         frame = episode.render()
@@ -150,7 +150,10 @@ class Worker:
         s.steps[i] = steps
         self._publish_privileged(i)
         s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], steps
-        truncated = not success and steps >= max_steps
+        s.unstable[i] = episode.unstable
+        if episode.unstable:  # MuJoCo has put the scene back: what it shows is nothing that the action led to
+            frame = s.final_agentview[i].copy()
+        truncated = not success and (episode.unstable or steps >= max_steps)
         if success or truncated:
             self._end(i, frame, success, truncated)
         else:
