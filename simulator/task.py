@@ -1,22 +1,21 @@
-"""One LIBERO task in one process: built once, stepped lean, rendered light.
+"""One LIBERO task in one process: compiled once, stepped lean, drawn light.
 
 Stock LIBERO spends most of a control step outside physics: robosuite evaluates the controller and every observable at
 each of the 25 physics substeps, runs all of `mj_forward` three times where parts of it would do, and renders 300,000
-triangles into 256 pixels; an episode's end rebuilds the whole model. This file keeps the simulator's results and drops
-the rest:
+triangles into 256 pixels; an episode's end rebuilds the whole model. Here the simulator's results are kept and the rest
+is dropped:
 
-* `TaskSim` compiles a task once (LIBERO builds the scene, the goal predicates stay LIBERO's own).
+* `TaskSim` has a task's model from the cache on disk, or compiles it once (`simulator.compiled`). The scene and the goal
+  predicates stay LIBERO's own.
 * `Episode` is one running episode: its own `MjData` on the shared model, so that many episodes of one task share the
   compiled model, the textures and the render context. Changing an environment's task is picking another `TaskSim`.
 * `Episode.step` is robosuite's OSC_POSE controller, substep for substep (`mj_step1` - torques - `mj_step2`), in one
-  compiled function. qpos and qvel are those of the stock environment, bit for bit, in every suite
-  (`tests/test_sim.py`); see "Equal to the last bit" below for what that takes.
-* `light` rendering draws simplified copies of the meshes (quadric decimation; texture coordinates and normals come from
-  the original surface), smooths edges by a picture 1.375 times as large instead of four samples per pixel, and draws
-  what stands still once instead of every time. Only the renderer's copy is simplified: physics never sees it.
+  compiled function. qpos and qvel are those of the stock environment, bit for bit, in every suite (`tests/test_sim.py`);
+  `simulator.controller` says what that takes.
+* Pictures are stock LIBERO's, or `light` ones, which are close to them at a tenth of the time (`simulator.render`).
 
 Sources: robosuite 1.4.0 `controllers/osc.py`, `utils/control_utils.py`, `models/grippers/panda_gripper.py`; LIBERO
-`envs/bddl_base_domain.py`; measured facts in README ("Environments").
+`envs/bddl_base_domain.py`; measured facts in docs/simulator.md.
 """
 
 import mujoco
@@ -41,7 +40,7 @@ _UNSTABLE = [
 
 
 class TaskSim:
-    """One LIBERO task, compiled: model, goal predicates, render context. Costs 2 to 5 s and about 0.1 GB.
+    """One LIBERO task: model, goal predicates, render context. Takes 0.5 s and 50 MB; 3 s more the first time on a machine.
 
     Args:
         suite: a LIBERO suite name. task_id: index into it.

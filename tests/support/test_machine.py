@@ -80,3 +80,13 @@ def test_library_variables_are_set_unless_the_user_did():
     assert variables(GOMP_SPINCOUNT="7", MUJOCO_GL="osmesa") == ["7", None, "osmesa", None]
     assert variables(OMP_WAIT_POLICY="passive") == [None, "passive", "egl", None]
     assert variables(GOMP_SPINCOUNT="", MUJOCO_GL="", XDG_CACHE_HOME="") == ["10000", None, "egl", None]
+
+
+def test_support_comes_before_torch_in_every_script():
+    """Of each script at the top: the first import of ours stands before torch's, so that the variables are set in time."""
+    for script in ROOT.glob("*.py"):
+        lines = script.read_text().splitlines()
+        first = {name: [i for i, line in enumerate(lines) if line.startswith((f"import {name}", f"from {name}"))]
+                 for name in ("torch", "support")}  # fmt: skip
+        if 'if __name__ == "__main__"' in script.read_text() and first["torch"]:
+            assert first["support"] and first["support"][0] < first["torch"][0], script.name
