@@ -2,7 +2,6 @@
 
 import json
 
-import mujoco
 import numpy as np
 import pytest
 import torch
@@ -197,6 +196,8 @@ def test_progress_and_loitering_in_the_simulator(tmp_path):
 
 def put(episode, joint, *values):
     """Write the positions of a joint (one of a drawer, the first three of a free object) and what follows from them."""
+    import mujoco  # not at the top: `simulator` has to choose its way to draw first
+
     model, data = episode.sim.model, episode.data
     address = model.joint(joint).qposadr[0]
     episode._activate()
