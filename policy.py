@@ -73,7 +73,7 @@ class ActionTokenizer:
         """Token ids -> bin centres, float64. Ids that are no action tokens decode to the nearest end, as officially."""
         return self.centres[np.clip(self.vocab_end - _numpy(tokens) - 1, 0, self.bins - 2)]
 
-    def levels(self, tokens):
+    def ascending_bins(self, tokens):
         """Token ids -> 0 (lowest value) ... bins - 1 (highest): how an action is written for a model without these tokens."""
         return self.vocab_end - 1 - tokens
 

@@ -1,6 +1,6 @@
 r"""Pseudo labels for the reward model (paper, section 3.4): which steps of a trajectory lead to a keyframe.
 
-No human is asked, because manipulation has a rhythm that the robot itself measures:
+No human labels anything, because manipulation has a rhythm that the robot itself measures:
 
     gripper   open ________________                  ____________
                                    \________________/                milestones: the gripper's opening changes
@@ -8,7 +8,7 @@ No human is asked, because manipulation has a rhythm that the robot itself measu
              /  \__/  \____________/  \_____/  \____                  keyframes: the hand comes to rest inside a segment
     label     - + +  - + +         -  + +   - + +                    positive: the steps that lead to a keyframe
 
-Milestones cut a trajectory into segments, keyframes are the stops inside each, and the actions of the last moments before a
+Milestones divide a trajectory into segments, keyframes are the stops inside each, and the actions of the last moments before a
 keyframe are positive. numpy only, no model. `python reward_model.py label --plot` draws what this file found.
 """
 
@@ -153,7 +153,7 @@ def label_trajectory(
     """Pseudo labels of section 3.4 for one trajectory.
 
     actions (T, 7) in the file convention, ee_pos (T, 3) in metres, gripper_states (T, 2) or None; one row is
-    `action_repeat` control steps. Never raises for what a file may contain: `problems` says what was wrong.
+    `action_repeat` control steps. Never raises for what a file may contain: `problems` tells what was wrong.
 
     disturbed: the actions are clean labels, but something else was executed (the recoveries in the demonstrations of
     demos.py). The hand, pushed about, then never comes to rest, and the speed that the actions ask for takes the place

@@ -324,7 +324,7 @@ def load_reward_model(path, policy, mode, dtype=torch.float32, device="cpu"):
         return NoReward()
     reward_model, policy_model = read_reward_model(path, dtype, device), policy.model
     if isinstance(reward_model, VLM):
-        return RolloutScorer(reward_model, "frames", policy_model.action_tokenizer.levels)
+        return RolloutScorer(reward_model, "frames", policy_model.action_tokenizer.ascending_bins)
     sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_model)]
     if sizes[0] != sizes[1]:
         raise UserError(f"{path} was trained from another model than the policy: image or vocabulary differ")

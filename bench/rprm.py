@@ -189,7 +189,7 @@ def score_run(reward_model, model, run, instruction):
     which is the potential after termination. model: the OpenVLA that acted."""
     T = len(run["tokens"])
     tokens = torch.stack(list(run["tokens"]))  # (T, 7)
-    actions = model.action_tokenizer.levels(tokens) if isinstance(reward_model, VLM) else tokens
+    actions = model.action_tokenizer.ascending_bins(tokens) if isinstance(reward_model, VLM) else tokens
     frames = np.stack(run["frames"])
     run["scores"] = reward_model.score_frames(frames[:T], [instruction] * T, actions).tolist()
     run["state_scores"] = reward_model.score_frames(frames, [instruction] * (T + 1)).tolist()

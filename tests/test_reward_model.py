@@ -44,7 +44,7 @@ def test_a_prior_that_is_none_is_named(tiny, prior):
 
 
 def test_potential_telescopes():
-    """Discounted, the shaping of a terminated episode sums to -weight * phi(s_0); a cut one keeps its last phi."""
+    """Discounted, the shaping of a terminated episode sums to -weight * phi(s_0); a truncated one keeps its last phi."""
     rng, gamma, weight = np.random.default_rng(0), 0.9, 0.5
     phi = rng.random(8)
     for terminated_at_end in (True, False):
@@ -133,7 +133,7 @@ def test_split_keeps_trajectories_whole(examples):
 
 def test_score_of_a_batch_equals_single_scores(tiny, examples):
     reward_model = rm.RPRM(copy_of(tiny), {})
-    # spread the scores: random verdict rows give 0.5 +- nothing
+    # spread the scores: random answer rows give 0.5 +- nothing
     reward_model.model.language_model.lm_head.weight[reward_model.token_ids].mul_(50)
     texts = ["pick up the red block", "place it in the basket and pick up the green block"] * 3
     ids, mask = tiny.tokenize(texts)

@@ -216,7 +216,7 @@ def put(episode, joint, *values):
     ],
 )
 def test_progress_of_every_kind_of_goal(suite, task_id, kinds):
-    """A drawer, a knob and a plate are moved by hand: progress is the share of the way, and 1 where LIBERO says so."""
+    """A drawer, a knob and a plate are moved by hand: progress is the share of the way, and 1 where LIBERO counts it."""
     sim = TaskSim(suite, task_id, render="none")
     episode = sim.episode()
     episode.reset(0)

@@ -93,7 +93,7 @@ def test_bins_are_the_policys(policy):
     tokens = torch.from_numpy(policy.model.encode_actions(actions, "toy"))
     bins = vlm.encode_actions(actions)
     assert (
-        torch.equal(bins, policy.model.action_tokenizer.levels(tokens))
+        torch.equal(bins, policy.model.action_tokenizer.ascending_bins(tokens))
         and bins.min() == 0
         and bins.max() == 255
     )
