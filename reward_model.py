@@ -125,37 +125,6 @@ from support.metrics import auroc, binary_metrics, in_words, without_nan
 from support.quiet import progress_bar
 
 # --------------------------------------------------------------------------------------------------------------------
-# From a score to a reward
-# --------------------------------------------------------------------------------------------------------------------
-
-MODES = ("none", "sum", "potential")
-
-
-def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
-    """Reward to add to the sparse one. All arguments broadcast; arrays may be numpy or torch; shape and dtype are kept.
-
-    scores, next_scores: RPRM in [0, 1] at step t and t + 1 (of a truncated episode: of its final observation).
-      none       0
-      sum        weight * score, the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but it pays
-                 by the step: hovering where the score is high can earn more than finishing (`python -m bench rprm`).
-      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)). Over an episode it telescopes to
-                 -weight * phi(s_0), whatever the agent does: the optimal policy is that of the sparse reward.
-    The condition of that theorem (Ng, Harada and Russell, 1999): phi depends on the state alone, is 0 after
-    termination, and `gamma` is the one of GAE. A score that also sees the action breaks it: every action's advantage
-    then loses phi(s, a), which punishes just the actions that RPRM likes. So `potential` wants the score of the state
-    alone, `RPRM.score(..., action_tokens=None)`.
-    A time limit is not a termination: phi(s') stays, as the bootstrap value does.
-    """
-    if mode == "none":
-        return 0.0 * scores
-    if mode == "sum":
-        return weight * scores
-    if mode == "potential":
-        return weight * (gamma * next_scores * (1.0 - 1.0 * terminated) - scores)
-    raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The model: OpenVLA with an answer after the action
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -240,8 +209,7 @@ class RPRM:
         return np.concatenate(scores)
 
     def encode_images(self, frames):
-        """Frames (n, H, W, 3) uint8 upright -> what `Examples` keeps of them: patch embeddings, since vision is frozen,
-        unless the frames are smaller."""
+        """Frames (n, H, W, 3) uint8 upright -> what `Examples` keeps: patch embeddings, or frames where they are smaller."""
         if self.keeps_frames:
             return torch.from_numpy(np.ascontiguousarray(frames))
         return embed_frames(self.model, frames).to("cpu", torch.float16)
@@ -310,7 +278,7 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# In the RL loop
+# In the RL loop: from a rollout to scores, from scores to a reward
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +355,33 @@ class NoReward:
         return torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.rewards)
 
 
+MODES = ("none", "sum", "potential")
+
+
+def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
+    """Reward to add to the sparse one. All arguments broadcast; arrays may be numpy or torch; shape and dtype are kept.
+
+    scores, next_scores: RPRM in [0, 1] at step t and t + 1 (of a truncated episode: of its final observation).
+      none       0
+      sum        weight * score, the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but it pays
+                 by the step: hovering where the score is high can earn more than finishing (`python -m bench rprm`).
+      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)). Over an episode it telescopes to
+                 -weight * phi(s_0), whatever the agent does: the optimal policy is that of the sparse reward.
+    The condition of that theorem (Ng, Harada and Russell, 1999): phi depends on the state alone, is 0 after
+    termination, and `gamma` is the one of GAE. A score that also sees the action breaks it: every action's advantage
+    then loses phi(s, a), which punishes just the actions that RPRM likes. So `potential` wants the score of the state
+    alone, `RPRM.score(..., action_tokens=None)`.
+    A time limit is not a termination: phi(s') stays, as the bootstrap value does.
+    """
+    if mode == "none":
+        return 0.0 * scores
+    if mode == "sum":
+        return weight * scores
+    if mode == "potential":
+        return weight * (gamma * next_scores * (1.0 - 1.0 * terminated) - scores)
+    raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training (Eq. 3)
 # --------------------------------------------------------------------------------------------------------------------
@@ -416,12 +411,14 @@ class Examples:
 
 def make_examples(reward_model, trajectories, suite, summary):
     """The rows of `labelled` trajectories that carry a label -> Examples."""
+    from simulator.sentences import sentence_in  # late: LIBERO takes seconds to import
+
     instructions, parts = [], []
     for number, (trajectory, result) in enumerate(trajectories):
         rows = np.flatnonzero(result.labels != IGNORED)
         if not result.usable or not len(rows):
             continue
-        instructions += [trajectory["instruction"]] * len(rows)
+        instructions += [sentence_in(suite, trajectory["instruction"])] * len(rows)
         images = reward_model.encode_images(trajectory["frames"][rows])
         actions = reward_model.encode_actions(policy_convention(trajectory["actions"][rows]), suite)
         labels = torch.from_numpy(result.labels[rows]).float()
@@ -565,9 +562,8 @@ def plot(directory, trajectory, result, scores=None):
 
 def labelled(args, summary, successes=None, failures=None):
     """Yield (trajectory, `Labels`) of --demos, and of the other two where given. Counts into `summary`."""
-    for path, limit, skip, success in (
-        (args.demos, args.limit, args.skip, True), (successes, None, 0, True), (failures, None, 0, False)
-    ):  # fmt: skip
+    demos = (args.demos, args.limit, args.skip, True)
+    for path, limit, skip, success in (demos, (successes, None, 0, True), (failures, None, 0, False)):
         for trajectory in read_trajectories(path, limit, success, skip) if path else ():
             result = label(trajectory, args)
             summary.add(result)
@@ -647,8 +643,7 @@ def run_train(args):
         reward_model, examples.select(~held_out), examples.select(held_out), **options,
         micro_batch_size=args.micro_batch_size or (4 if adapter else None),
     )  # fmt: skip
-    # A keyframe is where the hand stops, so a small command alone gives the label away to some extent. What a model
-    # should add to that, it has to see.
+    # A keyframe is where the hand stops, so a small command alone gives some labels away. More than that has to be seen.
     moves = reward_model.decode_actions(examples.actions[held_out], args.suite)[:, :3]
     shortcut = auroc(-np.linalg.norm(moves, axis=1), examples.labels[held_out].numpy())
     best = {**best, "auroc_small_command": shortcut}
@@ -666,13 +661,15 @@ def run_train(args):
 
 
 def run_score(args):
+    from simulator.sentences import sentence_in  # late, as above
+
     if (args.rprm is None) == (args.vlm is None):
         raise UserError("give one of --rprm and --vlm")
     summary, records = LabelSummary(), []
     reward_model = read_reward_model(args.vlm or args.rprm, device=args.device)
     for trajectory, result in progress_bar(labelled(args, summary), desc="score", unit="trajectory"):
         actions = reward_model.encode_actions(policy_convention(trajectory["actions"]), args.suite)
-        instructions = [trajectory["instruction"]] * len(trajectory["frames"])
+        instructions = [sentence_in(args.suite, trajectory["instruction"])] * len(trajectory["frames"])
         scores = reward_model.score_frames(trajectory["frames"], instructions, actions)
         labels = result.labels if result.usable else np.full_like(result.labels, IGNORED)
         records.append({"name": trajectory["name"], "labels": labels.tolist(), "scores": scores.tolist()})
