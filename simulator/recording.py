@@ -44,7 +44,7 @@ def play(episodes, limit, action_repeat, choose):
 def runs_by_task(suite, task_ids, episodes_per_task, action_repeat, seed, decide):
     """Yield (TaskSim, limit in decisions, finished runs of `play`) per task, from random placements.
 
-    Not from the test states: what is recorded may be used for training.
+    Not from the test states: what is recorded may be used for training. Episodes whose simulation diverged are left out.
     decide(frames (n, H, W, 3), instruction) -> action tokens (n, 7), actions (n, 7): the policy.
     """
     limit = max_steps(suite) // action_repeat
@@ -53,11 +53,8 @@ def runs_by_task(suite, task_ids, episodes_per_task, action_repeat, seed, decide
         episodes = [sim.episode() for _ in range(episodes_per_task)]
         for i, episode in enumerate(episodes):
             episode.reset(None, np.random.default_rng([seed, task_id, i]))
-        yield (
-            sim,
-            limit,
-            play(episodes, limit, action_repeat, lambda _, frames: decide(frames, sim.instruction)),
-        )
+        runs = play(episodes, limit, action_repeat, lambda _, frames: decide(frames, sim.instruction))
+        yield sim, limit, [run for run, episode in zip(runs, episodes, strict=True) if not episode.unstable]
         sim.close()
 
 
