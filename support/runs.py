@@ -35,6 +35,8 @@ from support.tracking import Tracker
 
 # What the flags of earlier versions are called now.
 RENAMED = [("lam", "gae_lambda")]
+# And what they called parts of the environments' saved state.
+RENAMED_STATE = {"parked": "idle", "asked_now": "assigned_now", "asked_next": "assigned_next"}
 
 
 class Run:
@@ -120,7 +122,7 @@ class Run:
             # Saved for the environments of all ranks, whose number may be another one now.
             for sampler, saved in zip(self.samplers, state["samplers"][own.start : own.stop], strict=True):
                 sampler.set_state(saved.clone())  # given a row of a larger tensor, torch 2.13 crashes
-            saved = to_numpy(state["envs"])
+            saved = {RENAMED_STATE.get(name, name): array for name, array in to_numpy(state["envs"]).items()}
             self.envs.set_state(saved if self.ranks.size == 1 else self.envs.split_state(saved, own))
             self.first, self._best, self._best_rate = (
                 state["iteration"] + 1,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from models.choose import downloaded
 from policy import build_tiny
-from support import checkpoints
+from support import checkpoints, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -176,6 +176,26 @@ def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path
     ours, theirs = (torch.load(x / "checkpoints/000004/state.pt", weights_only=True) for x in (out, uninterrupted[0]))
     assert all(torch.equal(ours["envs"][k], theirs["envs"][k]) for k in theirs["envs"])
     assert torch.equal(ours["samplers"], theirs["samplers"])
+
+
+@pytest.mark.libero
+def test_a_run_of_an_earlier_version_is_resumed(models, uninterrupted, tmp_path):
+    """Flags that were renamed or are gone, and the names that its environments' state had."""
+    out = shutil.copytree(uninterrupted[0], tmp_path / "old")
+    config = json.loads((out / "config.json").read_text())
+    old = {**config, "lam": config.pop("gae_lambda"), "groups": 2, "from_scratch": False, "out": str(out)}
+    (out / "config.json").write_text(json.dumps({k: v for k, v in old.items() if k not in ("gae_lambda", "track")}))
+    shutil.rmtree(out / "checkpoints" / "000004")
+    path = out / "checkpoints" / "000003"
+    state = torch.load(path / "state.pt", weights_only=True)
+    for before, now in runs.RENAMED_STATE.items():
+        state["envs"][before] = state["envs"].pop(now)
+    torch.save(state, path / "state.pt")
+    (path / "sha256.json").unlink()
+    (path / "sha256.json").write_text(json.dumps(checkpoints.checksums(path)))
+    stdout, stderr = _finish([sys.executable, "train.py", "--resume", str(out)])
+    assert "resumed at iteration 4 of 4" in stdout and "no setting 'groups' any more" in stderr
+    assert _metrics(out) == _metrics(uninterrupted[0])
 
 
 @pytest.mark.libero
