@@ -63,10 +63,12 @@ def checksums(directory, sync=False):
     return sums
 
 
-def load_checkpoint(out, actor_critic):
+def load_checkpoint(out, actor_critic, frozen=None):
     """The newest readable checkpoint: loads the adapters and returns its state. A damaged one is named and passed over.
 
     Checksums come first: a flipped bit in the middle of a tensor would load without a complaint.
+    frozen: {name or path: fingerprint} of the weights that checkpoints leave out, as they are now; UserError where the run
+    began with others.
     """
     saved = sorted((p for p in (out / "checkpoints").glob("*") if p.name.isdigit()), reverse=True)
     for path in saved:
@@ -74,13 +76,22 @@ def load_checkpoint(out, actor_critic):
             if json.loads((path / "sha256.json").read_text()) != checksums(path):
                 raise UserError("a file differs from its checksum")
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            actor_critic.load_adapters(path / "adapters")
-            return state
+            changed = (
+                []
+                if frozen is None
+                else [x for x, y in zip(frozen, state["weights"], strict=True) if frozen[x] != y]
+            )
+            if not changed:
+                actor_critic.load_adapters(path / "adapters")
         except (
             Exception
         ) as exc:  # readers raise nearly every kind for damaged bytes; whichever it is gets printed
             reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
             print(f"warning: {path} is damaged ({reason}); trying the one before", file=sys.stderr)
+            continue
+        if changed:
+            raise UserError(f"{changed[0]} is not what {out} began with: put that back")
+        return state
     raise UserError(f"{out} holds no readable checkpoint: start again with another --out")
 
 

@@ -35,8 +35,6 @@ from support.tracking import Tracker
 
 # What the flags of earlier versions are called now.
 RENAMED = [("lam", "gae_lambda")]
-# And what they called parts of the environments' saved state.
-RENAMED_STATE = {"parked": "idle", "asked_now": "assigned_now", "asked_next": "assigned_next"}
 
 
 class Run:
@@ -110,19 +108,17 @@ class Run:
             raise UserError(f"cannot write to {self.out}: {exc.strerror}; choose another --out") from exc
 
     def _restore(self):
-        out, state = self.out, load_checkpoint(self.out, self.actor_critic)
+        out, frozen = self.out, dict(zip(self._frozen, self._fingerprints, strict=True))
+        state = load_checkpoint(out, self.actor_critic, frozen)
         own = self.ranks.share(self.args.num_envs)
         try:
-            for path, now, then in zip(self._frozen, self._fingerprints, state["weights"], strict=True):
-                if now != then:
-                    raise UserError(f"{path} is not what {out} began with: put that back")
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state[f"{name}_optimizer"])
             self.generator.set_state(state["generator"])
             # Saved for the environments of all ranks, whose number may be another one now.
             for sampler, saved in zip(self.samplers, state["samplers"][own.start : own.stop], strict=True):
                 sampler.set_state(saved.clone())  # given a row of a larger tensor, torch 2.13 crashes
-            saved = {RENAMED_STATE.get(name, name): array for name, array in to_numpy(state["envs"]).items()}
+            saved = to_numpy(state["envs"])
             self.envs.set_state(saved if self.ranks.size == 1 else self.envs.split_state(saved, own))
             self.first, self._best, self._best_rate = (
                 state["iteration"] + 1,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from models.choose import downloaded
 from policy import build_tiny
-from support import checkpoints, runs
+from support import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -188,7 +188,7 @@ def test_a_run_of_an_earlier_version_is_resumed(models, uninterrupted, tmp_path)
     shutil.rmtree(out / "checkpoints" / "000004")
     path = out / "checkpoints" / "000003"
     state = torch.load(path / "state.pt", weights_only=True)
-    for before, now in runs.RENAMED_STATE.items():
+    for before, now in {"parked": "idle", "asked_now": "assigned_now", "asked_next": "assigned_next"}.items():
         state["envs"][before] = state["envs"].pop(now)
     torch.save(state, path / "state.pt")
     (path / "sha256.json").unlink()
