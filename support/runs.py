@@ -170,13 +170,15 @@ class Run:
 
     def log_start(self, evaluation):
         """Iteration 0: the start policy."""
-        successes, episodes = evaluation.counts()
-        self._best, self._best_rate = 0, successes / episodes
+        m = _evaluation_metrics(evaluation)
+        self._best, self._best_rate = 0, m["eval/success_rate"]
         if self.ranks.is_main_process:
             zeros = dict.fromkeys(("iteration", "charts/decisions", "charts/episodes", "charts/successes"), 0)
-            self._metrics.write({**zeros, **_evaluation_metrics(successes, episodes)})
+            self._metrics.write({**zeros, **m})
             report.draw(self.out)
-            self.ranks.print0(f"start policy {100 * successes / episodes:.0f} % of {episodes} test episodes")
+            self.ranks.print0(
+                f"start policy {100 * m['eval/success_rate']:.0f} % of {m['eval/episodes']} test episodes"
+            )
 
     def evaluation_due(self):
         """Is this iteration one after which the policy is evaluated?"""
@@ -229,11 +231,10 @@ class Run:
             "charts/SPS": decisions / self._pace[-1],
         }  # fmt: skip
         if evaluation is not None:
-            successes, episodes = evaluation.counts()
-            m.update(_evaluation_metrics(successes, episodes))
+            m.update(_evaluation_metrics(evaluation))
             self._evaluation_time = time.time() - self._began - self._pace[-1]
-            if successes / episodes > self._best_rate:
-                self._best, self._best_rate = self.iteration, successes / episodes
+            if m["eval/success_rate"] > self._best_rate:
+                self._best, self._best_rate = self.iteration, m["eval/success_rate"]
         # Before the first step the update must reproduce the rollout's log-probs (ppo.py); bfloat16 rounds them.
         mismatch = losses.get("losses/first_ratio_error", 0.0)
         if mismatch > (1e-3 if rollout.images.dtype == torch.float32 else 0.5):
@@ -285,7 +286,7 @@ class Run:
             self.ranks.print0(report.before_after_table(rows))
             if self._metrics.lines:  # else somebody emptied the file, and all iterations were done
                 self._metrics.tracker.log(
-                    _evaluation_metrics(*after.counts()), self._metrics.lines[-1]["charts/decisions"]
+                    _evaluation_metrics(after), self._metrics.lines[-1]["charts/decisions"]
                 )
         report.draw(out)
         self.ranks.print0(
@@ -367,8 +368,9 @@ class Run:
         )
 
 
-def _evaluation_metrics(successes, episodes):
-    return {"eval/success_rate": successes / episodes, "eval/successes": successes, "eval/episodes": episodes}
+def _evaluation_metrics(evaluation):
+    total = evaluation.row()  # of an EvalResult (support/episodes.py): all tasks together
+    return {f"eval/{name}": total[name] for name in ("success_rate", "successes", "episodes")}
 
 
 # --------------------------------------------------------------------------------------------------------------------
