@@ -103,6 +103,18 @@ def test_random_config_is_7b():
     assert 7.49e9 < sizes[0] < 7.51e9 and sizes[1] < 15e6
 
 
+def test_only_weights_are_a_checkpoint_that_acts(tmp_path, capsys):
+    """Random weights for a run of train.py: official layout, bfloat16, statistics and a tokenizer that knows LIBERO's words."""
+    args = gpu.Args(size="small", device="cpu", only_weights=True, directory=tmp_path / "weights")
+    gpu.show(gpu.measure(args))
+    assert str(args.directory) in capsys.readouterr().out
+    model_ = OpenVLA.from_pretrained(args.directory, dtype=torch.bfloat16)
+    ids, mask = model_.tokenize(["pick up the alphabet soup and place it in the basket"])
+    assert 0 not in ids  # no unknown word
+    tokens = model_.generate_actions(ids, torch.zeros(1, 6, 224, 224), mask).tokens
+    assert model_.decode_actions(tokens, "libero_object").shape == (1, 7)
+
+
 @pytest.mark.slow
 def test_gpu_command_on_a_cpu(tmp_path):
     args = gpu.Args(
