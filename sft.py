@@ -23,7 +23,7 @@ At 7B adapters are trained instead of the weights, with the official recipe, on 
         --micro-batch-size 8 --gradient-checkpointing --merge --suite libero_goal --data official-files --out runs/goal-7b
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from support.cli import flag, parse_args
 
@@ -83,7 +83,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import demos
 from eval import NUM_INIT_STATES, evaluate
@@ -100,8 +99,8 @@ from support.training import (
     load_state,
     make_directory,
     open_directory,
-    plot_imitation,
     save_state,
+    write_log,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -420,55 +419,47 @@ def main(args):
         f"{args.batch_size}" + (f"; resumed after step {training.step}" if resumed else "")
     )
 
-    def save_log():
-        atomic_write(out / "sft_log.json", json.dumps({"args": asdict(args), "log": training.log}, indent=1))
-
-    stop, began = StopRequest(ranks.print0), time.time() - training.seconds
-    steps = range(training.step + 1, args.steps + 1)
-    show = ranks.is_main_process
-    if show:
-        make_directory(out)
-        save_log()  # the settings, for --resume
-    bar = progress_bar(
-        steps, initial=training.step, total=args.steps, desc="sft", unit="step", disable=not show
+    main_process, stop, began = (
+        ranks.is_main_process,
+        StopRequest(ranks.print0),
+        time.time() - training.seconds,
     )
+    if main_process:
+        make_directory(out)
+        write_log(out, args, training.log)  # the settings, for --resume
+    steps, shape = range(training.step + 1, args.steps + 1), dict(initial=training.step, total=args.steps)
+    bar = progress_bar(steps, desc="sft", unit="step", disable=not main_process, **shape)
     with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):
         for step in bar:
             training.train_step(step)
             training.seconds = time.time() - began
-            last, stopping = step == args.steps, ranks.any(stop.requested)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{training.running_loss:.3f}", refresh=False)
-            if last or step % args.save_every == 0:
-                entry = {
-                    "step": step,
-                    "samples": step * args.batch_size,
-                    "seconds": round(training.seconds, 1),
-                }
+            last, stopping = step == args.steps, ranks.any(stop.requested)
+            due = last or step % args.save_every == 0
+
+            # Now and then: how good is the average on what was left out, and in the simulator?
+            if due:
+                entry = dict(step=step, samples=step * args.batch_size, seconds=round(training.seconds, 1))
                 entry["train_loss"] = training.running_loss
                 with training.averaged_weights():
                     entry |= training.measure()
                     if args.eval_every and (last or step % args.eval_every == 0):
                         entry["success_rate"] = success_rate(args, model, ranks)
-                    if show:
+                    if main_process:
                         save_policy(out)
                 training.log.append(entry)
-                if show:
-                    tqdm.write(
-                        "  ".join(
-                            f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()
-                        )
-                    )
-                    save_log()
-                    plot_imitation(training.log, out / "sft.png")
-            if show and (last or stopping or step % args.save_every == 0):
+                if main_process:
+                    write_log(out, args, training.log)
+
+            if main_process and (due or stopping):
                 save_state(training.state_dict(), state)
             if stopping and not last:
-                ranks.print0(
-                    f"stopped after step {step}; go on with: python sft.py --resume {out}", file=sys.stderr
-                )
+                ranks.barrier()
+                hint = f"stopped after step {step}; go on with: python sft.py --resume {out}"
+                ranks.print0(hint, file=sys.stderr)
                 sys.exit(130)
-    if show:
+    if main_process:
         state.unlink()
     ranks.print0(f"saved {out}; evaluate it with: python eval.py --suite {suites[0]} --checkpoint {out}")
 

@@ -1,17 +1,20 @@
 """What a long training on data needs besides the training: a state that survives a kill, an end on request, a curve."""
 
 import contextlib
+import json
 import os
 import pickle
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from support.cli import parse_settings
 from support.errors import UserError
-from support.files import read_json
+from support.files import atomic_write, read_json
 
 
 def open_directory(args):
@@ -29,6 +32,15 @@ def open_directory(args):
     elif state.exists():
         raise UserError(f"{out} holds an unfinished training: --resume {out}, or another --out")
     return args, out, state
+
+
+def write_log(out, args, log):
+    """The last entry to the terminal; settings and all entries to sft_log.json; the curve to sft.png."""
+    atomic_write(out / "sft_log.json", json.dumps({"args": asdict(args), "log": log}, indent=1))
+    if log:
+        words = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items())
+        tqdm.write("  ".join(words))
+        plot_imitation(log, out / "sft.png")
 
 
 def make_directory(out):
