@@ -10,8 +10,8 @@ a_1 ... a_7 are the action: dx dy dz droll dpitch dyaw gripper, each one of 256 
 of the vocabulary. The probability of an action is the product of the probabilities of its 7 tokens (Eq. 1 of the
 paper), and that is all that PPO needs from the policy: tokens to act with, log-probs to learn from.
 
-Reading order: action tokens, vision tower, Llama, OpenVLA (the sequence, teacher forcing, batched decoding), then the
-actor-critic. What they load stands in models/: preprocessing, files, adapters, openvla-tiny's numbers, sharding.
+Reading order: action tokens, OpenVLA (the sequence, teacher forcing, batched decoding), then the actor-critic. What
+they are made of stands in models/: backbone (ViT, Llama layer), images, sampling, adapters, checkpoints, sharding, tiny.
 
 Rows of a batch are independent. Prompts differ in length and are padded on the RIGHT; the action tokens go straight
 behind each row's own prompt, over the padding. With a causal mask nothing real ever sees padding, so a row needs no
@@ -34,10 +34,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import checkpoints
-from models.adapters import LORA_TARGETS, Adapter, base_fingerprint, read_tensors_for, save_adapter
+from models.adapters import LORA_TARGETS, Adapter, read_tensors_for, save_adapter
 from models.backbone import LlamaLayer, Projector, VisionTower, run_block
 from models.checkpoints import LLAMA_DEFAULTS, MAX_SHARD_BYTES, resolve_checkpoint
 from models.images import preprocess_images
+from models.sampling import most_likely, sampler
 from models.sharding import is_first_rank, move_whole_parameters, shard_backbone
 from models.tiny import draw_weights_, libero_words, tiny_config, tiny_tokenizer
 from support.errors import UserError, explain_out_of_memory
@@ -74,7 +75,7 @@ class ActionTokenizer:
         return self.centres[np.clip(self.vocab_end - _numpy(tokens) - 1, 0, self.bins - 2)]
 
     def ascending_bins(self, tokens):
-        """Token ids -> 0 (lowest value) ... bins - 1 (highest): how an action is written for a model without these tokens."""
+        """Token ids -> 0 (lowest value) ... bins - 1 (highest): for models without these tokens."""
         return self.vocab_end - 1 - tokens
 
     def token_to_bin(self, tokens):
@@ -346,7 +347,7 @@ class OpenVLA(nn.Module):
         images = dict(pixel_values=pixel_values, patch_embeddings=patch_embeddings)
         state, last = self._states(input_ids, attention_mask, images, count=1, cache=cache)
         head, first = self._action_head(whole_vocabulary)
-        draw = _sampler(batch, generator, self.device) if temperature > 0 else _most_likely
+        draw = sampler(batch, generator, self.device) if temperature > 0 else most_likely
         tokens, log_probs = [], []
         for k in range(ACTION_DIM):
             if k > 0:
@@ -376,7 +377,7 @@ class OpenVLA(nn.Module):
     # ---- tokens <-> actions ----------------------------------------------------------------------------------------
 
     def unnorm_key_for(self, suite, asked=None):
-        """The name of the action statistics that serve `suite`; `asked` (`--unnorm-key`) goes first. See models/checkpoints.py."""
+        """The key of the action statistics that serve `suite`; `asked` (`--unnorm-key`) goes first."""
         return checkpoints.find_statistics(self.norm_stats, suite, asked)
 
     def action_statistics(self, unnorm_key=None):
@@ -388,7 +389,8 @@ class OpenVLA(nn.Module):
         tokens = _numpy(tokens)
         if (tokens == NO_TOKEN).any():
             raise UserError(
-                "the policy's log-probabilities are not finite: its weights hold NaN or infinity, or the temperature is too near to 0"
+                "the policy's log-probabilities are not finite: its weights hold NaN or infinity, or the "
+                "temperature is too near to 0"
             )
         low, high, mask = self.action_statistics(unnorm_key)
         return unnormalize_actions(self.action_tokenizer.decode(tokens), low, high, mask)
@@ -425,16 +427,12 @@ class OpenVLA(nn.Module):
         with explain_out_of_memory("the weights do not fit; use --model openvla-tiny or a larger GPU"):
             for name, tensor in checkpoints.read_tensors(folder, shapes):
                 if name in shapes:
-                    found[name] = tensor.to(
-                        device, dtype, copy=True
-                    )  # a copy: the original is the mapped file
+                    found[name] = tensor.to(device, dtype, copy=True)  # the original is the mapped file
                 else:
                     model.unused[name] = tensor.clone()
         model.load_state_dict(found, assign=True)
-        model.side_files, model.norm_stats = (
-            checkpoints.read_side_files(folder),
-            checkpoints.read_norm_stats(folder, config),
-        )
+        model.side_files = checkpoints.read_side_files(folder)
+        model.norm_stats = checkpoints.read_norm_stats(folder, config)
         return model
 
     def save_pretrained(self, directory, max_shard_bytes=MAX_SHARD_BYTES):
@@ -442,24 +440,14 @@ class OpenVLA(nn.Module):
         wrote gives every tensor back bit for bit (at the dtype that the model has)."""
         tensors = dict(self.named_parameters())
         if any("lora_" in name for name in tensors):
-            raise ValueError(
-                "this model carries LoRA adapters: use ActorCritic.save_policy() or save_adapters()"
-            )
+            raise ValueError("this model carries LoRA adapters: use ActorCritic.save_policy()")
         self.write(directory, tensors, lambda name, tensor: tensor, max_shard_bytes)
 
     def write(self, directory, parameters, final, max_shard_bytes=MAX_SHARD_BYTES):
-        """Write {name: tensor} as this model's weights, each as final(name, tensor), computed when its turn has come."""
+        """Write {name: tensor} as this model's weights, each as final(name, tensor), computed in its turn."""
         tensors = parameters | self.unused
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        config = {
-            **self.config,
-            "norm_stats": self.norm_stats,
-        }  # those of dataset_statistics.json, if it overrode them
-
-        def tensor_of(name):
-            return final(name, tensors[name])
-
-        checkpoints.write_checkpoint(directory, config, sizes, tensor_of, self.side_files, max_shard_bytes)
+        config = {**self.config, "norm_stats": self.norm_stats}  # a dataset_statistics.json may be newer
+        checkpoints.write_checkpoint(directory, config, tensors, final, self.side_files, max_shard_bytes)
 
 
 def check_right_padded(attention_mask):
@@ -478,29 +466,6 @@ def _logits(states, head):
 
 def _log_softmax(logits, temperature):  # temperature 0 means greedy: report its log-probs at 1
     return F.log_softmax(logits / (temperature or 1.0), dim=-1)
-
-
-def _most_likely(log_p, k):
-    return log_p.argmax(-1)
-
-
-def _sampler(batch, generator, device):
-    """draw(log_p (B, tokens), k) -> the k-th token of every row, (B,). Random numbers come from the CPU, and per-row
-    generators make a row's draw independent of batch and device."""
-    generators = generator if isinstance(generator, (list, tuple)) else None
-    if generators:
-        rows = [torch.rand(ACTION_DIM, dtype=torch.float64, generator=g) for g in generators]
-        uniforms = torch.stack(rows)
-    else:
-        uniforms = torch.rand(batch, ACTION_DIM, dtype=torch.float64, generator=generator)
-    uniforms = uniforms.to(device, non_blocking=True)  # (B, 7)
-    return lambda log_p, k: _sample(log_p, uniforms[:, k])
-
-
-def _sample(log_p, u):
-    """Inverse CDF: the first token whose cumulative probability exceeds u. In float64 for the tail of 32,064 tokens."""
-    cdf = log_p.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_max(log_p.shape[-1] - 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -541,7 +506,6 @@ class ActorCritic(nn.Module):
             )
         self.model, self.vision_frozen, self.whole_vocabulary = model, targets == "language", whole_vocabulary
         model.requires_grad_(False)
-        self.base_fingerprint = base_fingerprint(model)
         lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS[targets])
 
         # The variants, resolved: whose state the value head reads, and which adapter the critic trains alone.
@@ -553,12 +517,10 @@ class ActorCritic(nn.Module):
             self.adapters.append(Adapter(self.critic_model or model, "critic", lora))
         self.critic = self.adapters[-1]
         self.value_head = None if critic == "none" else _value_head(model.text["hidden_size"], model.device)
-        # Rollouts act with a merged copy of the weights, unless memory is what the variant is chosen for.
+        # Rollouts act with a merged copy of the weights, unless the variant was chosen for its memory.
         self._acts_merged = critic != "shared"
-        self._merged_copy, self._merged_is_current = (
-            [],
-            False,
-        )  # in a list: not a submodule, so not in state_dict
+        self._merged_copy = []  # in a list: not a submodule, so not in state_dict
+        self._merged_is_current = False
         self.policy.activate()
 
     @property
@@ -575,17 +537,13 @@ class ActorCritic(nn.Module):
 
     def _check_images(self, pixel_values=None, patch_embeddings=None):
         if patch_embeddings is not None and not self.vision_frozen:
-            raise ValueError(
-                "LoRA trains the vision side (targets='all'): pass pixel_values, not patch_embeddings"
-            )
+            raise ValueError("targets='all' trains the vision side: pass pixel_values, not patch_embeddings")
 
     @torch.no_grad()
     def embed_images(self, pixel_values):
         """Patch embeddings (B, P, d), constants of the run. Only where `vision_frozen`."""
         if not self.vision_frozen:
-            raise ValueError(
-                "LoRA trains the vision side (targets='all'): there are no constant patch embeddings"
-            )
+            raise ValueError("targets='all' trains the vision side: there are no constant patch embeddings")
         with explain_out_of_memory("lower --num-envs"):
             return self.model.embed_images(pixel_values)
 
@@ -607,9 +565,8 @@ class ActorCritic(nn.Module):
     def evaluate_actions(self, input_ids, attention_mask, action_tokens, *, temperature=1.0, **images):
         """Log-probs and entropies (B, 7) of given actions under the current policy, with gradients."""
         self._check_images(**images)
-        self._merged_is_current &= (
-            not torch.is_grad_enabled()
-        )  # an update follows: the merged copy will be out of date
+        if torch.is_grad_enabled():  # an update follows: the merged copy will be out of date
+            self._merged_is_current = False
         sampling = dict(temperature=temperature, whole_vocabulary=self.whole_vocabulary)
         with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):
             model = self.policy.activate()
@@ -623,7 +580,7 @@ class ActorCritic(nn.Module):
         state = self.critic.activate().prompt_state(input_ids, attention_mask, **images)
         return self.value_head(state.float())[:, 0]
 
-    # ---- the policy as a plain model: to act with, to evaluate, to save -------------------------------------------------
+    # ---- the policy as a plain model: to act with, to evaluate, to save --------------------------------------------
 
     @torch.no_grad()
     def merge_for_rollout(self):
@@ -634,9 +591,7 @@ class ActorCritic(nn.Module):
         """
         if not self._acts_merged:
             return
-        with explain_out_of_memory(
-            "no room for a merged copy of the policy; --critic shared acts without one"
-        ):
+        with explain_out_of_memory("no room for a merged policy; --critic shared acts without one"):
             if not self._merged_copy:
                 self._merged_copy.append(self.base_policy())
                 for name in self.policy.layers:
@@ -656,7 +611,7 @@ class ActorCritic(nn.Module):
 
     @contextlib.contextmanager
     def start_policy(self):
-        """The policy as it was before training, as an OpenVLA: this model, its adapters switched off until the context ends."""
+        """The policy before training, as an OpenVLA: this model, its adapters switched off until the context ends."""
         self.policy.switch_all(False)
         try:
             yield self.model
@@ -665,14 +620,11 @@ class ActorCritic(nn.Module):
 
     def base_policy(self):
         """The policy before training as a plain OpenVLA on the frozen backbone's own tensors, which costs no memory."""
+        model = self.model
         with torch.device("meta"):
-            plain = OpenVLA(self.model.config)
+            plain = OpenVLA(model.config)
         plain.load_state_dict(self.policy.base_tensors(), assign=True)
-        plain.norm_stats, plain.unused, plain.side_files = (
-            self.model.norm_stats,
-            self.model.unused,
-            self.model.side_files,
-        )
+        plain.norm_stats, plain.side_files, plain.unused = model.norm_stats, model.side_files, model.unused
         return plain.requires_grad_(False)
 
     def save_policy(self, directory):
@@ -686,7 +638,6 @@ class ActorCritic(nn.Module):
                 self.policy.merged(name, base[name])
 
     # ---- several GPUs, and files -----------------------------------------------------------------------------------
-
     def shard(self, ranks):
         """Spread the frozen weights over the ranks and move everything to `ranks.device` (models/sharding.py). Give the
         model on the CPU. On one rank it only moves."""
@@ -702,7 +653,7 @@ class ActorCritic(nn.Module):
         """policy/ and critic/ in peft's format (it reads them on the official model too), and the value head."""
         with checkpoints.replace_files(directory) as part:
             for adapter in self.adapters:
-                save_adapter(part / adapter.name, adapter, self.base_fingerprint)
+                save_adapter(part / adapter.name, adapter)
             if self.value_head is not None:
                 head = {name: p.detach().cpu() for name, p in self.value_head.named_parameters()}
                 save_file(head, part / "value_head.safetensors")
@@ -713,14 +664,15 @@ class ActorCritic(nn.Module):
         on another base."""
         directory, loaded = Path(directory), []
         for adapter in self.adapters:  # check everything before changing anything
-            parameters = {f"base_model.model.{name}": p for name, p in adapter.named_parameters().items()}
-            loaded += read_tensors_for(
-                directory / adapter.name / "adapter_model.safetensors", parameters, self.base_fingerprint
+            file, parameters = (
+                directory / adapter.name / "adapter_model.safetensors",
+                adapter.named_parameters(),
             )
+            parameters = {f"base_model.model.{name}": p for name, p in parameters.items()}
+            loaded += read_tensors_for(file, parameters, adapter.base_fingerprint)
         if self.value_head is not None:
-            loaded += read_tensors_for(
-                directory / "value_head.safetensors", dict(self.value_head.named_parameters())
-            )
+            parameters = dict(self.value_head.named_parameters())
+            loaded += read_tensors_for(directory / "value_head.safetensors", parameters)
         for parameter, tensor in loaded:
             parameter.copy_(tensor)
         self._merged_is_current = False
@@ -728,12 +680,9 @@ class ActorCritic(nn.Module):
 
 def _value_head(width, device):
     hidden = max(width // 4, 128), max(width // 8, 64)  # 4096 -> 1024 -> 512 -> 1, as in the release
-    layers = (
-        nn.Linear(width, hidden[0], bias=False),
-        nn.Linear(*hidden, bias=False),
-        nn.Linear(hidden[1], 1, bias=False),
-    )
-    head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).to(device)
+    sizes = zip((width, *hidden), (*hidden, 1))
+    first, second, third = (nn.Linear(*size, bias=False) for size in sizes)
+    head = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third).to(device)
     nn.init.normal_(head[-1].weight, std=0.01)  # first values near 0, where most returns are
     return head
 
@@ -744,7 +693,7 @@ def _value_head(width, device):
 
 
 def build_tiny(seed=0, words=None, device="cpu", **sizes):
-    """openvla-tiny with random weights and its tokenizer. words: it knows (default: LIBERO's). sizes: keywords of `tiny_config`."""
+    """openvla-tiny with random weights. words: that it knows (default: LIBERO's). sizes: keywords of `tiny_config`."""
     tokenizer = tiny_tokenizer(libero_words() if words is None else words, PROMPT)
     model = OpenVLA.from_config(tiny_config(tokenizer, **sizes), seed=seed, device=device)
     model.side_files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()

@@ -114,7 +114,7 @@ import torch
 import torch.nn.functional as F
 
 from demos import demo_files, demo_path, read_demos, write_demos
-from models.adapters import LORA_TARGETS, Adapter, base_fingerprint, read_tensors_for, save_adapter
+from models.adapters import LORA_TARGETS, Adapter, read_tensors_for, save_adapter
 from models.answer import answer_token_ids, prior_of, score_of
 from models.vlm import VLM
 from policy import ACTION_DIM, OpenVLA, policy_convention
@@ -161,7 +161,7 @@ class RPRM:
         reward_model.add_adapter(base, rank)
         file, adapter = Path(directory) / "adapter" / "adapter_model.safetensors", reward_model.adapter
         parameters = {f"base_model.model.{name}": p for name, p in adapter.named_parameters().items()}
-        for parameter, tensor in read_tensors_for(file, parameters, reward_model.fingerprint):
+        for parameter, tensor in read_tensors_for(file, parameters, adapter.base_fingerprint):
             parameter.data.copy_(tensor)
         for layer in adapter.layers.values():
             layer.merge()
@@ -236,7 +236,6 @@ class RPRM:
         """Train a LoRA adapter of the language model instead of all its weights: 7B then fits one GPU. base: its path."""
         from peft import LoraConfig  # late: seconds to import, and few need it
 
-        self.fingerprint = base_fingerprint(self.model)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS["language"])
         self.adapter = Adapter(self.model, "rprm", config)
         self.parameters = list(self.adapter.named_parameters().values())
@@ -252,7 +251,7 @@ class RPRM:
         else:
             Path(directory).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(Path(directory) / "adapter", ignore_errors=True)
-            save_adapter(Path(directory) / "adapter", self.adapter, self.fingerprint)
+            save_adapter(Path(directory) / "adapter", self.adapter)
             atomic_write(Path(directory) / "rprm.json", text)
 
 

@@ -1,6 +1,8 @@
-"""LoRA adapters on a frozen OpenVLA: W + scaling x B A in place of every weight W that has one (peft's layers and file format).
+"""LoRA adapters on a frozen OpenVLA: W + scaling x B A in place of every weight W that has one (peft's layers
+and file format).
 
-One frozen backbone can carry several adapters, of which one is active at a time. An `Adapter` is the backbone seen through one of them.
+One frozen backbone can carry several adapters, of which one is active at a time. An `Adapter` is the backbone
+seen through one of them.
 """
 
 import hashlib
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 from models.sharding import whole_tensor
 from support.errors import UserError
 
-# Full-match patterns over module names. (A list of suffixes would also catch `patch_embed.proj`, a convolution.)
+# Full-match patterns over module names. (A list of suffixes would also catch `patch_embed.proj`, a
+# convolution.)
 LORA_TARGETS = {
     "all": r".*(attn\.qkv|attn\.proj|mlp\.fc[12]|projector\.fc[123]|[qkvo]_proj|gate_proj|up_proj|down_proj)",
     "language": r"language_model\..*([qkvo]_proj|gate_proj|up_proj|down_proj)",
@@ -21,9 +24,11 @@ LORA_TARGETS = {
 
 
 class Adapter:
-    """`model` with an adapter of its own, under `name`. Adding it leaves the frozen weights and other adapters as they are.
+    """`model` with an adapter of its own, under `name`. Adding it leaves the frozen weights and other
+    adapters as they are.
 
-    Adapters stay float32 on a bfloat16 backbone: at a learning rate of 2e-5 an Adam step is smaller than bfloat16's rounding.
+    Adapters stay float32 on a bfloat16 backbone: at a learning rate of 2e-5 an Adam step is smaller than
+    bfloat16's rounding.
     """
 
     def __init__(self, model, name, config):
@@ -39,6 +44,7 @@ class Adapter:
         for parameter in self.named_parameters().values():
             parameter.data = parameter.data.float()
         model.active_adapter = None  # peft has just chosen one itself
+        self.base_fingerprint = base_fingerprint(self.layers, self.base_tensors().__getitem__)
 
     def named_parameters(self):
         """{plain tensor name: parameter} of this adapter."""
@@ -64,7 +70,8 @@ class Adapter:
         self._keep_trainable()
 
     def _keep_trainable(self):
-        # peft freezes the adapter that it switches off. Gradients that are still to come would be dropped without a word.
+        # peft freezes the adapter that it switches off. Gradients that are still to come would be dropped
+        # without a word.
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(True)
@@ -79,10 +86,12 @@ class Adapter:
 
     @torch.no_grad()
     def merged(self, name, base):
-        """The tensor `name` of a plain model that behaves as this adapter does: `base` + scaling x B A where there is an adapter.
+        """The tensor `name` of a plain model that behaves as this adapter does: `base` + scaling x B A where
+        there is an adapter.
 
-        A new tensor, instead of peft's merge and unmerge in place: in bfloat16 W + D - D is not W, and a backbone that drifts with
-        every rollout would drift the critic too. A sharded tensor is gathered into host memory; all ranks must call this then.
+        A new tensor, instead of peft's merge and unmerge in place: in bfloat16 W + D - D is not W, and a
+        backbone that drifts with every rollout would drift the critic too. A sharded tensor is gathered into
+        host memory; all ranks must call this then.
         """
         weight, layer = whole_tensor(base), self.layers.get(name.removesuffix(".weight"))
         if layer is None or not name.endswith(".weight"):
@@ -95,46 +104,56 @@ class Adapter:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def base_fingerprint(model):
-    """Tells the weights of two models of one shape apart, whatever file or device they are on: a hash over some numbers of each matrix.
-    None for a model without values (device "meta")."""
+# Matrices without an adapter of their own that a base is told by all the same.
+LANDMARKS = (
+    "vision_backbone.featurizer.patch_embed.proj",
+    "projector.fc3",
+    "language_model.model.embed_tokens",
+    "language_model.lm_head",
+)
+
+
+def base_fingerprint(layers, tensor_of):
+    """Tells apart the weights that adapters of `layers` (names) may stand on, whatever file, device or number format they
+    are in: a hash over some numbers of each matrix. tensor_of(name) -> tensor. None on device "meta"."""
     digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if p.is_meta:
+    for layer in sorted({*layers, *LANDMARKS}):
+        weight = tensor_of(f"{layer}.weight").detach().flatten()
+        if weight.is_meta:
             return None
-        if p.ndim > 1:
-            sample = p.detach().flatten()[:: max(1, p.numel() // 16)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
+        sample = weight[:: max(1, weight.numel() // 16)].bfloat16().float().cpu()
+        digest.update(layer.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def save_adapter(directory, adapter, fingerprint):
-    """Write an adapter in peft's format (which reads it on the official model too), with the fingerprint of its base."""
+def save_adapter(directory, adapter):
+    """Write an adapter in peft's format (which reads it on the official model too), with the fingerprint of
+    its base."""
     directory.mkdir()
     adapter.config.save_pretrained(directory)
     tensors = {f"base_model.model.{name}": p.detach().cpu() for name, p in adapter.named_parameters().items()}
     save_file(
-        tensors, directory / "adapter_model.safetensors", {"base": fingerprint} if fingerprint else None
+        tensors, directory / "adapter_model.safetensors", {"base_weights": adapter.base_fingerprint or ""}
     )
 
 
 def read_tensors_for(path, parameters, fingerprint=None):
     """[(parameter, tensor)] for {name: parameter} from a safetensors file. Changes nothing.
 
-    fingerprint: of the base that the parameters stand on; a file from before fingerprints were stored is believed.
+    fingerprint: `base_fingerprint` of what the parameters stand on.
     Raises UserError if the file is missing, damaged, does not fit, or belongs to another base.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            base = (file.metadata() or {}).get("base")
+            base = (file.metadata() or {}).get("base_weights")  # absent in files from before it was stored
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
         raise UserError(f"{path} was saved with another LoRA rank, other LoRA targets or another model size")
-    if None not in (base, fingerprint) and base != fingerprint:
+    if base and fingerprint and base != fingerprint:
         raise UserError(
-            f"{path} was trained on other weights than these: give the checkpoint that its run started from (not the policy that it "
-            "was merged into, which would have it twice)"
+            f"{path} was trained on other weights than these: give the checkpoint that its run started from (not the "
+            "policy that it was merged into, which would have it twice)"
         )
     return [(parameters[name], tensor) for name, tensor in tensors.items()]

@@ -1,8 +1,9 @@
-"""OpenVLA's parts under their official tensor names: the vision tower (a ViT), the projector, and a layer of the Llama.
+"""OpenVLA's parts under their official tensor names: the vision tower (a ViT), the projector, and a layer of
+the Llama.
 
-Written out, because that is shorter than what it takes to make timm's and transformers' versions return these states, and because
-`LlamaLayer` serves all three ways in which the policy runs it: whole sequences, single tokens through a cache, and only the last few
-positions of a sequence.
+Written out, because that is shorter than what it takes to make timm's and transformers' versions return these
+states, and because `LlamaLayer` serves all three ways in which the policy runs it: whole sequences, single
+tokens through a cache, and only the last few positions of a sequence.
 """
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_block(block, *args, gradient_checkpointing=False):
-    """block(*args); with gradient checkpointing its activations are computed again in the backward pass, not kept."""
+    """block(*args); with gradient checkpointing its activations are computed again in the backward pass, not
+    kept."""
     if gradient_checkpointing and torch.is_grad_enabled():
         # Nothing in these blocks is random.
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
@@ -71,7 +73,8 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """Patch features of the second-to-last block, without the final norm: the last block is not even built.
 
-    With register tokens it is a DINOv2 (class token, registers, LayerScale), without them a SigLIP (patches only).
+    With register tokens it is a DINOv2 (class token, registers, LayerScale), without them a SigLIP (patches
+    only).
     """
 
     def __init__(self, size):
@@ -117,7 +120,8 @@ class Projector(nn.Module):
 
 
 def _rotate(x, cos, sin):
-    """Rotary positions: (x_i, x_{i + half}) turn by position x frequency_i. `sin` carries the sign of rotate-half."""
+    """Rotary positions: (x_i, x_{i + half}) turn by position x frequency_i. `sin` carries the sign of
+    rotate-half."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -132,7 +136,8 @@ class LlamaAttention(nn.Module):
         """Causal attention over x (B, S, d), in one of three ways:
         plain: every position asks, and `cache`, if given, is filled;
         at (B, n): only these positions ask -> (B, n, d); all S are keys and values;
-        slot (B,): x is one new token per row, its key and value go to that cache slot; it sees what `mask` allows.
+        slot (B,): x is one new token per row, its key and value go to that cache slot; it sees what `mask`
+        allows.
         """
         q, k, v = (
             self._heads(self.q_proj(_pick(x, at))),

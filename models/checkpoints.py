@@ -1,28 +1,33 @@
-"""OpenVLA's checkpoints in the official layout: what config.json may say, which files there are, reading and writing them.
+"""OpenVLA's checkpoints in the official layout: what config.json may say, which files there are, reading and
+writing them.
 
 config.json                        sizes, action bins, action statistics (norm_stats)
-model-0000k-of-0000n.safetensors   weights, under the official tensor names, with model.safetensors.index.json; or model.safetensors
-dataset_statistics.json            of a fine-tuned checkpoint: its action statistics, which override those of config.json
-tokenizer.json, *.py, ...          `SIDE_FILES`: read as they are, written as they were
+model-0000k-of-0000n.safetensors   weights, under the official tensor names, with
+model.safetensors.index.json; or model.safetensors dataset_statistics.json            of a fine-tuned
+checkpoint: its action statistics, which override those of config.json tokenizer.json, *.py, ...
+`SIDE_FILES`: read as they are, written as they were
 """
 
 import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from support.errors import UserError
 from support.files import read_json, sync_directory
 
-# The official config.json leaves these out: they are transformers 4.40.1's Llama defaults and timm's model definitions.
+# The official config.json leaves these out: they are transformers 4.40.1's Llama defaults and timm's model
+# definitions.
 LLAMA_DEFAULTS = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
     rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, pad_token_id=32000,
@@ -43,8 +48,15 @@ SIDE_FILES = (
     "preprocessor_config.json", "generation_config.json", "configuration_prismatic.py", "modeling_prismatic.py",
     "processing_prismatic.py",
 )  # fmt: skip
+HUB_FILES = ["*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja"]
 MAX_SHARD_BYTES = 5_000_000_000
 ACTION_DIM = 7
+# The names of number formats in safetensors' headers.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -64,8 +76,8 @@ def tower_sizes(config):
 
 
 def check_config(config):
-    """Raise UserError unless every number that the model relies on is there and possible. (A number of layers that is a
-    typing error would otherwise be built, layer by layer, until the memory is full.)"""
+    """Raise UserError unless every number that the model relies on is there and possible. (A number of layers
+    that is a typing error would otherwise be built, layer by layer, until the memory is full.)"""
 
     def whole(table, name, low, high, default=None):
         value = table.get(name, default)
@@ -81,6 +93,11 @@ def check_config(config):
                 f"config.json: {heads} attention heads do not divide the width {width} into even parts"
             )
 
+    if "quantization_config" in config:
+        raise UserError(
+            "config.json: quantised weights (quantization_config) are not supported; give the checkpoint that "
+            "they were made of"
+        )
     towers, text = tower_sizes(config), config.get("text_config", {})
     if (
         not isinstance(towers, list)
@@ -118,37 +135,97 @@ def check_config(config):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_checkpoint(path):
-    folder = Path(path)
-    if not folder.is_dir():
-        if (
-            len(folder.parts) != 2
-            or folder.is_absolute()
-            or str(path).startswith(".")
-            or folder.parent.is_dir()
-        ):
-            raise UserError(
-                f"no checkpoint at {path}: not a directory (nor a hub id such as openvla/openvla-7b)"
-            )
-        from huggingface_hub import snapshot_download
+def resolve_checkpoint(name, kind="policy"):
+    """What a person calls a checkpoint -> its directory, a Path. kind: "policy" or "reward model".
 
-        patterns = ["*.safetensors", "*.json", "*.py", "*.txt", "*.model"]
-        try:
-            folder = Path(snapshot_download(str(path), allow_patterns=patterns))
-        except (
-            Exception
-        ) as error:  # the hub client raises many kinds; each means "not available", and says why
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"no directory {path} here, and the model hub did not give it: {reason}"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint: it has no config.json")
+    A directory is itself, or where it is a run's (or `checkpoints/<suite>`) its `policy` or `rprm`; any other
+    name of the form owner/name is looked for in the hub's cache, then on the hub, whatever else lies in the
+    current directory. Raises UserError that says what was tried, and for a policy of another kind than is
+    understood here.
+    """
+    path = Path(name).expanduser()
+    folder = _own_or_inner(path, kind) if path.is_dir() else _from_hub(str(name), kind)
+    if kind == "policy":
+        refuse_relatives(folder)
     return folder
 
 
+def _own_or_inner(folder, kind):
+    inner = folder / {"policy": "policy", "reward model": "rprm"}[kind]
+    has_config = (folder / "config.json").is_file()
+    is_run = has_config and "total_steps" in read_json(
+        folder / "config.json"
+    )  # train.py's settings, not a model's
+    if inner.is_dir() and (is_run or not has_config):
+        return inner
+    if is_run:
+        raise UserError(
+            f"the run {folder} has no {inner.name}/: it is saved at the end. `python -m models.merge --run {folder} "
+            "--out DIR` makes one of its newest checkpoint"
+        )
+    if not has_config and not (folder / "rprm.json").is_file():
+        raise UserError(f"{folder} is not a {kind}: it has no config.json")
+    return folder
+
+
+def _from_hub(name, kind):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        raise UserError(f"no checkpoint at {name}: not a directory (nor a hub id such as openvla/openvla-7b)")
+    if folder := hub_cache(name):
+        return folder
+    from huggingface_hub import snapshot_download  # late: only who names a hub id waits for its import
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        weight_files(folder)  # offline, it answers with what there is, be it an interrupted download
+        return folder
+    except Exception as error:  # the hub client raises many kinds; each means "not available", and says why
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"no directory {name} here, no {kind} of that name (not all of it) in the hub's cache, and the model hub "
+            f"did not give it: "
+            f"{reason}"
+        ) from error
+
+
+def hub_cache(name):
+    """Directory of a repository in the hub's cache if all of its weights are there; None for an interrupted
+    download."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        weight_files(folder)
+    except Exception:  # of many kinds: not there, or not all of it
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def refuse_relatives(folder):
+    """Raise UserError for directories that have OpenVLA's config.json and tensor names and are another model:
+    played as OpenVLA they never succeed, without a word."""
+    for pattern in (
+        "action_head--*",
+        "proprio_projector--*",
+        "noisy_action_projector--*",
+        "vision_backbone--*",
+    ):
+        for path in sorted(folder.glob(pattern)):
+            raise UserError(
+                f"{folder} is an OpenVLA-OFT checkpoint ({path.name}): its actions come from parts that are not "
+                "implemented here"
+            )
+    if (folder / "lora_adapter").is_dir():
+        raise UserError(
+            f"{folder} holds an unmerged adapter (lora_adapter/), without which its weights are not the policy that "
+            "was trained. If plain OpenVLA was fine-tuned: `python -m models.merge --adapter .../lora_adapter --base "
+            "openvla/openvla-7b --out DIR`"
+        )
+
+
 def weight_files(folder):
-    """The safetensors files of a checkpoint, sorted. Raises UserError if one that the index names is missing."""
+    """The safetensors files of a checkpoint, sorted. Raises UserError if one that the index names is
+    missing."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -163,9 +240,11 @@ def weight_files(folder):
 
 
 def read_tensors(folder, shapes):
-    """Yield (name, tensor) of every tensor in a checkpoint, one at a time. A tensor is the mapped file: copy what you keep.
+    """Yield (name, tensor) of every tensor in a checkpoint, one at a time. A tensor is the mapped file: copy
+    what you keep.
 
-    shapes: {name: shape} of those that must be there. Raises UserError for a damaged file, another shape, a missing tensor.
+    shapes: {name: shape} of those that must be there. Raises UserError for a damaged file, another shape, a
+    missing tensor.
     """
     missing = set(shapes)
     for path in weight_files(folder):
@@ -175,7 +254,12 @@ def read_tensors(folder, shapes):
                     tensor = file.get_tensor(name)
                     if name in shapes and tensor.shape != shapes[name]:
                         raise UserError(
-                            f"{path}: {name} has shape {tuple(tensor.shape)}, but config.json implies {tuple(shapes[name])}"
+                            f"{path}: {name} has shape {tuple(tensor.shape)}, but config.json implies "
+                            f"{tuple(shapes[name])}"
+                        )
+                    if name in shapes and not tensor.is_floating_point():
+                        raise UserError(
+                            f"{path}: {name} is {tensor.dtype}: quantised weights are not supported"
                         )
                     missing.discard(name)
                     yield name, tensor
@@ -185,6 +269,33 @@ def read_tensors(folder, shapes):
         raise UserError(
             f"{folder}: {len(missing)} tensors are missing from the weights, the first is {min(missing)}"
         )
+
+
+class Entry(NamedTuple):
+    """A tensor of a checkpoint, by the header of its file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tensor_table(folder):
+    """{tensor name: Entry} of a checkpoint. Reads headers, no weights."""
+    table = {}
+    for path in weight_files(folder):
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                table[name] = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+            raise UserError(f"{path} cannot be read (truncated?): {error!r}; get it again") from error
+    return table
 
 
 def read_side_files(folder):
@@ -220,10 +331,12 @@ def read_norm_stats(folder, config):
 
 
 def find_statistics(norm_stats, suite, asked=None):
-    """The key of `norm_stats` that serves `suite`, or `asked` itself (`--unnorm-key`). Raises UserError if there is none.
+    """The key of `norm_stats` that serves `suite`, or `asked` itself (`--unnorm-key`). Raises UserError if
+    there is none.
 
-    In this order: the suite's name, with `_no_noops` behind it (official checkpoints use either), the same of the suite
-    that it is a variant of (libero_object for LIBERO-PRO's libero_object_swap), and the only entry there is.
+    In this order: the suite's name, with `_no_noops` behind it (official checkpoints use either), the same of
+    the suite that it is a variant of (libero_object for LIBERO-PRO's libero_object_swap), and the only entry
+    there is.
     """
     candidates = [suite, f"{suite}_no_noops"] if asked is None else [asked]
     if asked is None:
@@ -242,7 +355,8 @@ def find_statistics(norm_stats, suite, asked=None):
         return key
     known = ", ".join(sorted(norm_stats)) or "none"
     raise UserError(
-        f"no action statistics for {suite if asked is None else asked!r} in this checkpoint; it has: {known} (--unnorm-key chooses)"
+        f"no action statistics for {suite if asked is None else asked!r} in this checkpoint; it has: {known} "
+        "(--unnorm-key chooses)"
     )
 
 
@@ -272,22 +386,20 @@ def read_statistics(norm_stats, key=None):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(directory, config, sizes, tensor_of, side_files, max_shard_bytes=MAX_SHARD_BYTES):
-    """Write the official layout. Only one shard is ever in memory besides the model.
+def write_checkpoint(directory, config, tensors, final, side_files, max_shard_bytes=MAX_SHARD_BYTES):
+    """Write the official layout. Besides the model, only one tensor is ever in memory.
 
-    sizes: {tensor name: bytes}. tensor_of(name) -> tensor, called once for each, shard by shard. side_files: {name: bytes}.
+    tensors: {name: x}, x with dtype, shape and nbytes of the tensor final(name, x), which is computed when
+    its turn has come, in the order of the names. side_files: {name: bytes}.
     """
-    shards = plan_shards(sizes, max_shard_bytes)
+    shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
     with replace_files(directory, stale=("model*.safetensors*", "dataset_statistics.json")) as part:
         for file, names in shards.items():
-            save_file(
-                {name: tensor_of(name).detach().cpu().contiguous() for name in names},
-                part / file,
-                {"format": "pt"},
-            )
+            write_safetensors(part / file, {name: tensors[name] for name in names}, final)
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for name, data in side_files.items():
             (part / name).write_bytes(data)
@@ -295,7 +407,8 @@ def write_checkpoint(directory, config, sizes, tensor_of, side_files, max_shard_
 
 
 def plan_shards(sizes, max_shard_bytes):
-    """{tensor name: bytes} -> {file name: [tensor names]}, each file at most `max_shard_bytes` (or one tensor)."""
+    """{tensor name: bytes} -> {file name: [tensor names]}, each file at most `max_shard_bytes` (or one
+    tensor)."""
     shards, size = [[]], 0
     for name in sorted(sizes):
         if size and size + sizes[name] > max_shard_bytes:
@@ -308,10 +421,31 @@ def plan_shards(sizes, max_shard_bytes):
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
 
 
+def write_safetensors(path, tensors, final):
+    """One file, tensor by tensor: the header's length, the header, the numbers. (The library's `save_file`
+    wants all of them in memory and makes a second copy of each: 10 GB for a shard of 5.)"""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            data = final(name, tensor).detach().cpu().contiguous()
+            file.write(data.reshape(-1).view(torch.uint8).numpy())
+
+
 @contextlib.contextmanager
 def replace_files(directory, stale=()):
-    """Yield an empty directory beside `directory`; afterwards move everything in, config.json last, and drop what
-    else fits the stale patterns.
+    """Yield an empty directory beside `directory`; afterwards move everything in, config.json last, and drop
+    what else fits the stale patterns.
 
     A full disk or a crash while writing gigabytes then leaves the old checkpoint as it was.
     """

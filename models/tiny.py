@@ -1,7 +1,7 @@
 """openvla-tiny: the official layout with small numbers, and a tokenizer of one token a word.
 
-1.3 M parameters instead of 7.5 billion, everything else the same: two towers, a projector, a Llama, action tokens at the end of the
-vocabulary. `policy.build_tiny` makes one with random weights; `sft.py` trains it.
+1.3 M parameters instead of 7.5 billion, everything else the same: two towers, a projector, a Llama, action
+tokens at the end of the vocabulary. `policy.build_tiny` makes one with random weights; `sft.py` trains it.
 """
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -9,7 +9,8 @@ from torch import nn
 
 from support.quiet import silence_third_party
 
-# Ids 0, 1, 2 as in Llama; <act> plays 29871's part; "1" and "0" are the reward model's answers, success and no success.
+# Ids 0, 1, 2 as in Llama; <act> plays 29871's part; "1" and "0" are the reward model's answers, success and
+# no success.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<act>", "1", "0")
 
 
@@ -28,8 +29,9 @@ def libero_words():
 
 
 def tiny_tokenizer(words, prompt, action_bins=256):
-    """One token a word of `words` (a list) and of the template `prompt`, laid out like Llama's vocabulary: specials, words, spare ids
-    up to a multiple of 64, the 256 action tokens, then PAD as the first of the 64 padding rows."""
+    """One token a word of `words` (a list) and of the template `prompt`, laid out like Llama's vocabulary:
+    specials, words, spare ids up to a multiple of 64, the 256 action tokens, then PAD as the first of the 64
+    padding rows."""
     template = prompt.format(instruction="").lower().replace(":", " : ").replace("?", " ? ").split()
     vocabulary = list(SPECIAL_TOKENS) + sorted({*words, *template, "task", "is", "it", "completed"})
     vocabulary += [f"<spare_{i}>" for i in range(-len(vocabulary) % 64)]
@@ -55,11 +57,13 @@ def tiny_config(
     action_repeat=4,
     max_positions=256,
 ):
-    """config.json of openvla-tiny for a `tiny_tokenizer`: the official fields with small numbers. A tower's last block is never computed.
+    """config.json of openvla-tiny for a `tiny_tokenizer`: the official fields with small numbers. A tower's
+    last block is never computed.
 
-    vision_width, vision_blocks, vision_heads: of the DINOv2-like and the SigLIP-like tower (one number serves both).
-    The second tower is the smaller: at this size two towers see no more than one, and training is short of samples per
-    second (1.7 times as many as with two equal towers and a fourth language layer).
+    vision_width, vision_blocks, vision_heads: of the DINOv2-like and the SigLIP-like tower (one number serves
+    both).
+    The second tower is the smaller: at this size two towers see no more than one, and training is short of
+    samples per second (1.7 times as many as with two equal towers and a fourth language layer).
     """
     pairs = [x if isinstance(x, tuple) else (x, x) for x in (vision_width, vision_blocks, vision_heads)]
     towers = [
@@ -107,9 +111,9 @@ def tiny_config(
 def draw_weights_(model, generator):
     """Fill an OpenVLA of any size with random weights.
 
-    Matrices get a standard deviation of 1 / sqrt(fan-in). At Llama's width that is the usual 0.02, but at the width of openvla-tiny it
-    is 0.09, and 0.02 would leave the image too quiet: memorising 32 images, the loss began to depend on the image after 100 steps with
-    this, and not within 150 with 0.02.
+    Matrices get a standard deviation of 1 / sqrt(fan-in). At Llama's width that is the usual 0.02, but at the
+    width of openvla-tiny it is 0.09, and 0.02 would leave the image too quiet: memorising 32 images, the loss
+    began to depend on the image after 100 steps with this, and not within 150 with 0.02.
     """
     for name, p in model.named_parameters():
         if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "scale_factor")):
@@ -117,8 +121,8 @@ def draw_weights_(model, generator):
         elif name.endswith("bias"):
             nn.init.zeros_(p)
         elif name.endswith("pos_embed"):
-            # As large as the patch features that they are added to: where the gripper is, is what has to be learnt. At 0.02
-            # openvla-tiny ignored the image for 64,000 samples, at 0.5 for fewer than 10,000.
+            # As large as the patch features that they are added to: where the gripper is, is what has to be
+            # learnt. At 0.02 openvla-tiny ignored the image for 64,000 samples, at 0.5 for fewer than 10,000.
             nn.init.normal_(p, std=0.5, generator=generator)
         elif name.endswith(("embed_tokens.weight", "lm_head.weight", "cls_token", "reg_token")):
             nn.init.normal_(p, std=0.02, generator=generator)

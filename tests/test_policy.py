@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import policy
+from models.sampling import sample
 from models.tiny import libero_words
 from policy import ActionTokenizer, ActorCritic, OpenVLA
 from support.errors import UserError, explain_out_of_memory
@@ -294,10 +295,10 @@ def test_text_after_actions(small, batch):
 def test_sampling_follows_the_distribution():
     log_p = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().expand(20000, 4)
     u = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    share = torch.bincount(policy._sample(log_p, u), minlength=4) / 20000
+    share = torch.bincount(sample(log_p, u), minlength=4) / 20000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), rtol=0, atol=0.015)
-    assert policy._sample(log_p[:1], torch.tensor([1 - 1e-16], dtype=torch.float64)).item() == 3
-    assert policy._sample(log_p[:1], torch.zeros(1, dtype=torch.float64)).item() == 0
+    assert sample(log_p[:1], torch.tensor([1 - 1e-16], dtype=torch.float64)).item() == 3
+    assert sample(log_p[:1], torch.zeros(1, dtype=torch.float64)).item() == 0
 
 
 def test_left_padding_is_refused(small, batch):
