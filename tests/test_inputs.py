@@ -93,8 +93,8 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data, capsys)
         (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--init", "TEXT"]),
         (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--data", "TEXT"]),
         (demos.main, ["--suite", "TEXT"]),
-        (train.main, ["--suite", "TEXT"]),
-        (train.main, ["--resume", "TEXT"]),
+        (lambda: train.main(cli.parse_args(train.Args, "")), ["--suite", "TEXT"]),
+        (lambda: train.main(cli.parse_args(train.Args, "")), ["--resume", "TEXT"]),
     ],
     ids=str,
 )
