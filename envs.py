@@ -269,7 +269,8 @@ class LiberoVecEnv(VectorEnv):
         self._check_ready("assign")
         if task_id is not None and task_id not in self.task_ids:
             raise UserError(f"task {task_id} is not among the tasks of these environments: {self.task_ids}")
-        if init_state is not None and not 0 <= init_state < (n := self._num_init_states(task_id)):
+        n = self._num_init_states(task_id) if task_id is not None else 0
+        if init_state is not None and not 0 <= init_state < n:
             raise UserError(
                 f"{self.suite} task {task_id} has {n} initial states, from 0 on; {init_state} is none of them"
             )
