@@ -14,8 +14,9 @@ WORK=${3:-runs/start/$SUITE}
 PY=${PY:-.venv/bin/python}
 policy=$DIRECTORY/policy rprm=$DIRECTORY/rprm
 
-DEMOS=${DEMOS:-60} # demonstrations per task
-SFT=${SFT:-}       # flags of sft.py, such as "--steps 14000"
+DEMOS=${DEMOS:-60}       # demonstrations per task
+SFT=${SFT:-}             # flags of sft.py, such as "--steps 14000"
+ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
 
 has() { [ -e "$1" ] && echo "have $1"; }
 mkdir -p "$WORK"
@@ -37,7 +38,8 @@ fi
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.
 has "$WORK/rollouts" || {
-  $PY reward_model.py record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" --seed 1
+  $PY reward_model.py record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
+    --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"
 }
 
