@@ -86,7 +86,9 @@ import torch
 
 import demos
 from eval import NUM_INIT_STATES, evaluate
+from models.checkpoints import resolve_checkpoint
 from models.images import crop_and_normalize, resize_frames
+from models.memory import choose_dtype
 from policy import ActorCritic, OpenVLA, build_tiny, explain_out_of_memory, policy_convention
 from simulator.suites import num_tasks
 from support.distributed import ALONE, ends_together, join
@@ -369,10 +371,9 @@ def prepare_model(args, device):
         raise UserError(
             "--dtype bfloat16 is for frozen weights: give --lora-rank too (an Adam step is below its rounding)"
         )
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    if args.dtype == "auto" and args.lora_rank and device != "cpu":
-        dtype = torch.bfloat16
     if args.init:
+        frozen = args.lora_rank > 0
+        dtype = choose_dtype(args.dtype, resolve_checkpoint(args.init), device) if frozen else torch.float32
         model = OpenVLA.from_pretrained(args.init, dtype=dtype, device=device)
     else:
         model = build_tiny(args.seed, device=device)
