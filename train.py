@@ -59,6 +59,14 @@ class Args:
         "RPRM checkpoint directory (tiny, or a tuned VLM), or a stock VLM of transformers (directory or hub id), asked "
         "zero-shot; auto: the RPRM beside openvla-tiny's policy",
     )
+    unnorm_key: Optional[str] = flag(
+        None, "which action statistics of the checkpoint to use", default="by the suite"
+    )
+    dtype: str = flag(
+        "auto",
+        "of the frozen weights. auto: float32 for a small model; else bfloat16, on a CPU only where it is fast",
+        choices=("auto", "bfloat16", "float32"),
+    )
     resume: Optional[str] = flag(None, "run directory to continue; its own settings are used", default="none")
     out: Optional[str] = flag(None, "run directory", default="runs/SUITE-seedSEED")
     seed: int = flag(0, "seed of everything", min=0, max=2**32 - 1)
@@ -197,7 +205,9 @@ import torch
 
 from envs import Curriculum, LiberoVecEnv
 from eval import evaluate
+from models.checkpoints import resolve_checkpoint
 from models.choose import choose_model
+from models.memory import Needs, check_memory, choose_dtype
 from policy import ActorCritic, OpenVLA
 from ppo import PPOConfig, RolloutBuffer, ppo_update
 from reward_model import load_reward_model, shaping_reward
@@ -218,18 +228,18 @@ def main(args):
     run = Run(args, ranks)  # directory, checkpoints, metrics, films, signals
     args, size, reason = fill_defaults(run.args)  # with --resume, the settings of that run
     own = ranks.share(args.num_envs)  # the environments of this rank, in the numbering of all
-    dtype = torch.bfloat16 if ranks.device != "cpu" and size == "7B" else torch.float32
     seed_everything(args.seed)
 
     # Models: one frozen OpenVLA with two LoRA adapters, the policy's and the critic's, and a value head (3.5).
     # Beside it a frozen reward model (3.4).
-    policy = OpenVLA.from_pretrained(args.model, dtype=dtype, device="cpu" if args.shard else ranks.device)
-    policy.action_statistics(args.suite)  # where they are missing, fail here and not after minutes
-    policy.gradient_checkpointing = args.gradient_checkpointing
+    policy = load_policy(args, ranks)
+    unnorm_key = policy.unnorm_key_for(args.suite, args.unnorm_key)  # which action statistics
     actor_critic = ActorCritic(
         policy, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
     )
-    reward_model = load_reward_model(args.reward_model, actor_critic, args.prm_mode, dtype, ranks.device)
+    reward_model = load_reward_model(
+        args.reward_model, actor_critic, args.prm_mode, policy.dtype, ranks.device
+    )
     if args.shard:
         actor_critic.shard(ranks)
     ranks.broadcast_([*actor_critic.policy_parameters(), *actor_critic.critic_parameters()])
@@ -251,7 +261,7 @@ def main(args):
     images = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
     S, patches, width = policy.image_size, policy.num_patches, policy.text["hidden_size"]
     image_shape = (patches, width) if actor_critic.vision_frozen else (6, S, S)
-    rollout = RolloutBuffer(args.num_steps, len(own), image_shape, images, dtype)
+    rollout = RolloutBuffer(args.num_steps, len(own), image_shape, images, policy.dtype)
     # Generators: of the mini-batch order, and one per environment, so that no one's luck depends on the others.
     order = torch.Generator().manual_seed(args.seed)
     samplers = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in own]
@@ -260,7 +270,7 @@ def main(args):
 
     def observe(frames, instructions):
         """B frames and instructions -> what the models read: input_ids and attention_mask (B, L), and the images."""
-        pixels = policy.preprocess(frames).to(dtype)  # (B, 6, S, S)
+        pixels = policy.preprocess(frames).to(policy.dtype)  # (B, 6, S, S)
         input_ids, attention_mask = policy.tokenize(instructions)
         seen = actor_critic.embed_images(pixels) if actor_critic.vision_frozen else pixels
         return {"input_ids": input_ids, "attention_mask": attention_mask, images: seen}
@@ -276,7 +286,7 @@ def main(args):
         return evaluate(
             model, args.suite, args.task_ids, per_task, envs=envs, on_step=run.check, temperature=args.eval_temperature,
             whole_vocabulary=args.whole_vocabulary, seed=args.seed, video=int(videos is not None), video_dir=videos,
-            progress=ranks.is_main_process, ranks=ranks,
+            progress=ranks.is_main_process, ranks=ranks, unnorm_key=unnorm_key,
         )  # fmt: skip
 
     with run:
@@ -296,7 +306,7 @@ def main(args):
                 rollout.store_observation(t, obs["agentview"], obs["instruction"], **o)
                 decision = actor_critic.act(**o, temperature=args.temperature, generator=samplers)
                 rollout.store_decision(t, *decision)  # tokens, their log-probs, V(o_t)
-                actions = policy.decode_actions(decision[0].cpu().numpy(), args.suite)  # (N, 7)
+                actions = policy.decode_actions(decision[0].cpu().numpy(), unnorm_key)  # (N, 7)
                 run.lap("inference")
 
                 # The environments carry it out. Where an episode ended, obs is the first of the next one.
@@ -361,6 +371,18 @@ def main(args):
             after = success(actor_critic.evaluation_policy(), args.final_episodes, run.out / "videos/trained")
         run.finish(before, after)
     envs.close()
+
+
+def load_policy(args, ranks):
+    """The frozen OpenVLA, once it is clear that what the run needs will fit into memory."""
+    folder = resolve_checkpoint(args.model)
+    dtype = choose_dtype(args.dtype, folder, ranks.device)
+    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Needs) if hasattr(args, f.name)}
+    flags |= dict(folder=folder, dtype=dtype, num_envs=args.num_envs // ranks.size)
+    check_memory(Needs(**flags, shards=ranks.size if args.shard else 1), ranks.device)
+    policy = OpenVLA.from_pretrained(folder, dtype=dtype, device="cpu" if args.shard else ranks.device)
+    policy.gradient_checkpointing = args.gradient_checkpointing
+    return policy
 
 
 def adamw(parameters):
