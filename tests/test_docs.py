@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("demos.py", "sft.py", "reward_model.py", "train.py", "eval.py")
-MODULES = ("bench", "support.report")  # python -m
+MODULES = ("bench", "support.report", "models.merge")  # python -m
 SUBCOMMANDS = {
     "reward_model.py": ("label", "train", "score", "record"),
     "-m support.report": ("page", "compare"),
