@@ -39,7 +39,8 @@ class Args:
     render: str | None = flag(None, "simplified meshes (fast) or LIBERO's own", choices=("light", "exact"),
                               default="exact where a GPU renders, else light")
     device: str | None = flag(None, "where the policy runs", choices=("cpu", "cuda"), default="cuda if there is one")
-    dtype: str | None = flag(None, "of the weights", choices=("float32", "bfloat16"), default="bfloat16 on cuda, else float32")
+    dtype: str = flag("auto", "of the weights; auto: float32 for openvla-tiny, bfloat16 for 7B (on a CPU: if it computes "
+                      "that well)", choices=("auto", "bfloat16", "float32"))
     out: str | None = flag(None, "output directory", default="runs/eval-CHECKPOINT-SUITE")
     video: int = flag(0, "episodes of each task to record as mp4", min=0)
     json: bool = flag(False, "print the result as JSON instead of a table")
@@ -62,6 +63,7 @@ import torch
 
 from envs import LiberoVecEnv
 from models.checkpoints import resolve_checkpoint
+from models.memory import Needs, check_memory, choose_dtype
 from policy import OpenVLA
 from simulator.devices import share_of_machine
 from simulator.render import default_render
@@ -228,24 +230,25 @@ def main(args):
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     args.render = args.render or default_render()
     device = "cpu" if args.device == "cpu" else ranks.device
-    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     folder = resolve_checkpoint(args.checkpoint)
-    model = OpenVLA.from_pretrained(folder, dtype=getattr(torch, dtype), device=device).eval()
+    dtype = choose_dtype(args.dtype, folder, device)
+    check_memory(Needs(folder, dtype, num_envs=args.num_envs), device)
+    model = OpenVLA.from_pretrained(folder, dtype=dtype, device=device).eval()
     unnorm_key = model.unnorm_key_for(args.suite, args.unnorm_key)
 
     out = Path(args.out or f"runs/eval-{safe_name(args.checkpoint)}-{args.suite}")
     # What an episode depends on: those of other settings are not comparable.
     settings = {name: getattr(args, name) for name in ("suite", "temperature", "whole_vocabulary", "render")}
     settings |= {
-        "checkpoint": fingerprint(args.checkpoint),
-        "dtype": dtype,
+        "checkpoint": fingerprint(folder),
+        "dtype": str(dtype).removeprefix("torch."),
         "action_repeat": model.action_repeat,
     }
     settings |= {"seed": args.seed if args.temperature > 0 else None, "max_steps": max_steps(args.suite)}
     settings |= {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
     log = EpisodeLog.of_rank(out, settings, ranks)
     if ranks.is_main_process:
-        print_plan(args, f"actions of {unnorm_key}, {device} {dtype}", out)
+        print_plan(args, f"actions of {unnorm_key}, {device} {settings['dtype']}", out)
     began = time.time()
     try:
         result = evaluate(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from models.checkpoints import resolve_checkpoint
 from support.errors import UserError
 from support.files import read_json
 
@@ -44,9 +45,9 @@ def choose_model(model, suite, gradient_checkpointing):
     if model == "openvla-tiny":
         return shipped(suite, "policy"), "tiny", "asked for"
     if model != "auto":
-        config = Path(model) / "config.json"
-        small = config.is_file() and "vision_configs" in read_json(config)
-        return model, "tiny" if small else "7B", "asked for"
+        folder = resolve_checkpoint(model) if Path(model).is_dir() else None  # else a hub id: not now
+        small = folder is not None and "vision_configs" in read_json(folder / "config.json")
+        return str(folder or model), "tiny" if small else "7B", "asked for"
     if not torch.cuda.is_available():
         return shipped(suite, "policy"), "tiny", "no GPU"
     memory = torch.cuda.get_device_properties(0).total_memory

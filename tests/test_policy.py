@@ -1,5 +1,6 @@
 """The policy against the official code's outputs (tests/fixtures), against itself in batches, on broken files."""
 
+import copy
 import json
 import math
 import shutil
@@ -299,6 +300,18 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), rtol=0, atol=0.015)
     assert sample(log_p[:1], torch.tensor([1 - 1e-16], dtype=torch.float64)).item() == 3
     assert sample(log_p[:1], torch.zeros(1, dtype=torch.float64)).item() == 0
+
+
+def test_log_probs_that_are_not_finite_stop_with_a_line(small, batch):
+    """A temperature next to 0 divides to infinity; NaN weights make NaN. Neither may act as the last token does."""
+    ids, mask, pixels = batch
+    broken = copy.deepcopy(small)
+    with torch.no_grad():
+        broken.language_model.model.norm.weight.fill_(float("nan"))
+    for model, temperature in ((small, 1e-40), (broken, 0.0), (broken, 1.0)):
+        tokens = model.generate_actions(ids, pixels, mask, temperature=temperature).tokens
+        with pytest.raises(UserError, match="log-probabilities are not finite: its weights hold NaN .* temperature"):
+            model.decode_actions(tokens)
 
 
 def test_left_padding_is_refused(small, batch):

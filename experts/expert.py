@@ -1,0 +1,97 @@
+"""The expert: it reads a task's goal, puts its predicates in order, and lets one skill at a time act.
+
+Three properties make its demonstrations learnable by a small policy that sees one frame and has no memory:
+
+1. Reactive. The command is a function of the current state alone: no timers, no hidden phase. A frame decides the action.
+2. Phases look different. The gripper comes down a funnel (its height target falls with the horizontal distance) and leaves on
+   a slant towards the goal, so that no picture belongs both to "closing in" and to "carrying away".
+3. Recoveries. Noise disturbs what is *executed*; the stored label stays the clean command for the state that was reached
+   (DART, arXiv 1703.09327).
+"""
+
+import numpy as np
+
+from experts.scene import Scene
+from experts.skills import Door, Drawer, Knob, PickAndPlace, Push
+
+RANK = {"open": 0, "turnoff": 1, "turnon": 1, "in": 2, "on": 2, "close": 3}
+
+
+def drawer_of(scene, place):
+    thing = scene.sim.env.env.object_sites_dict.get(place)
+    return thing is not None and bool(getattr(thing, "joints", None))
+
+
+class Expert:
+    def __init__(self, episode):
+        self.scene = scene = Scene(episode)
+        goal = [tuple(g) for g in scene.sim.env.env.parsed_problem["goal_state"]]
+        placed = {g[1]: g for g in goal if g[0] in ("in", "on")}
+
+        def rank(g):
+            under = g[0] in ("in", "on") and g[2] in placed  # what carries another thing is put down first
+            first = g[0] == "close" and not any(p[2] == g[1] or g[1] in p[2] for p in placed.values())
+            return -1 if first else RANK[g[0]] + 0.5 * under
+
+        self.goal = sorted(goal, key=rank)
+        self.skills = []  # (predicate, skill)
+        for g in self.goal:
+            if g[0] in ("in", "on"):
+                ahead = 0.0
+                if drawer_of(scene, g[2]):
+                    drawer = Drawer(scene, g[2], True)
+                    self.skills.append((g, drawer, "prerequisite"))
+                    scene.look()
+                    # Plan for the drawer as it will be.
+                    ahead = (0.15 + drawer.position()) * drawer.outward
+                    scene.low[drawer.mine] += ahead
+                    scene.high[drawer.mine] += ahead
+                pushed = scene.kinds[g[1]] == "plate"
+                # Things that share a place stand side by side, in the order in which they stand now.
+                sharing = sorted((p for p in placed.values() if p[2] == g[2]), key=lambda p: scene.objects[p[1]][0])
+                shift = 0.09 * (sharing.index(g) - 0.5 * (len(sharing) - 1))
+                skill = Push(scene, g[1], g[2]) if pushed else PickAndPlace(scene, g[1], g[2], shift, ahead)
+                self.skills.append((g, skill, "goal"))
+            elif g[0] in ("open", "close"):
+                make = Drawer if drawer_of(scene, g[1]) else Door
+                self.skills.append((g, make(scene, g[1], g[0] == "open"), "goal"))
+            else:
+                self.skills.append((g, Knob(scene, g[1], g[0] == "turnon"), "goal"))
+        if any(not isinstance(s[1], PickAndPlace) or s[1].turning for s in self.skills):
+            for s in self.skills:  # where one skill turns the hand, the others turn it back
+                s[1].turning = True
+
+    def finished(self, g, skill, role):
+        if role == "prerequisite":
+            q = skill.position()
+            return self.scene.holds(g) or q < (-0.145 if skill.around() and self.scene.gap < 0.05 else -0.12)
+        return self.scene.holds(g) and not (isinstance(skill, PickAndPlace) and skill.on_its_way())
+
+    def action(self, episode=None):
+        """The clean command (7,) in policy convention (gripper 1 = open, 0 = close) for the episode's current state."""
+        scene = self.scene
+        scene.look()
+        done = [self.finished(*s) for s in self.skills]
+        self.now = next((s for s, d in zip(self.skills, done) if not d), None)
+        for (g, skill, role), d in zip(self.skills, done):
+            if d and skill.around() and not (role == "prerequisite" and scene.holds(g)):
+                self.now = (g, skill, "leave " + role)
+                return skill.leave()
+        if self.now is None:
+            return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+        return self.now[1].action()
+
+
+def uncovered(suite, task_id):
+    return None
+
+
+def disturb(command, rng, noise, kick):
+    """What is executed instead of the clean command: Gaussian noise, now and then a push, rarely a gripper slip."""
+    executed = command.copy()
+    executed[:3] += rng.normal(0.0, noise, 3)
+    if rng.random() < kick:
+        executed[:3] = rng.uniform(-1.0, 1.0, 3)
+    if rng.random() < 0.25 * kick:
+        executed[6] = 1.0 - executed[6]
+    return np.clip(executed, -1.0, 1.0)
