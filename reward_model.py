@@ -108,12 +108,11 @@ import json
 import math
 import shutil
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from demos import demo_files, demo_path, read_demos, write_demos
+from demos import Refused, demo_files, demo_path, read_demos, write_demos
 from models.adapters import LORA_TARGETS, Adapter, read_tensors_for, save_adapter
 from models.answer import answer_token_ids, prior_of, score_of
 from models.vlm import VLM
@@ -537,13 +536,19 @@ def fit(
 
 def read_trajectories(path, limit=None, success=True, skip=0):
     """Demonstrations or recorded rollouts of a file, or of all files in a directory, as dicts: `demos.read_demos` plus
-    `frames` (its `agentview`), `success` as given, and `disturbed` (bool: the file also holds what was executed)."""
+    `frames` (its `agentview`) and `success` as given."""
+    refused, used = Refused(), 0
     for file in demo_files(path):
-        for demo in itertools.islice(read_demos(file), skip, None if limit is None else skip + limit):
-            with h5py.File(file, "r") as handle:
-                disturbed = "executed_actions" in handle["data"][demo["name"]]
-            more = {"frames": demo["agentview"], "success": success, "disturbed": disturbed}
+        demos = read_demos(file, refused=refused)
+        for demo in itertools.islice(demos, skip, None if limit is None else skip + limit):
+            if demo["ee_pos"] is None:
+                refused.add(f"{file} {demo['name']}", "neither obs/ee_pos nor obs/ee_states, which labels need")
+                continue
+            used += 1
+            more = {"frames": demo["agentview"], "success": success}
             yield {**demo, **more, "name": f"{Path(file).stem}_{demo['name']}"}
+    if refused.reasons:
+        refused.report(used)
 
 
 def label(trajectory, rule):

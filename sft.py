@@ -149,26 +149,22 @@ class Dataset:
         """sources: {name of the data set: directory or file}."""
         self._images = []  # one (T, 3, S, S) uint8 per demonstration: joined, they would need the memory twice
         self.suites, self.instructions, actions, indices = list(sources), [], [], []
-        files = [(suite, file) for suite, path in sources.items() for file in demos.demo_files(path)]
+        files = [(suite, file) for suite, path in sources.items() for file in demos.demo_files(path, action_repeat)]
+        refused = demos.Refused()
         for suite, file in progress_bar(files, desc="loading demonstrations", unit="file"):
-            for demo in itertools.islice(demos.read_demos(file), max_demos or None):
-                if action_repeat % demo["action_repeat"]:
-                    raise UserError(
-                        f"{file} was recorded with {demo['action_repeat']} control steps per row, the model acts "
-                        f"every {action_repeat}: record again with `demos.py --action-repeat {action_repeat}`"
-                    )
+            for demo in itertools.islice(demos.read_demos(file, suite=suite, refused=refused), max_demos or None):
                 a = policy_convention(demo["actions"])
                 a = group_actions(a, action_repeat // demo["action_repeat"])  # (T, 7)
-                if len(a) == 0 or not np.isfinite(a).all():
-                    raise UserError(
-                        f"{file} {demo['name']}: too short or not finite; remove that demonstration"
-                    )
+                if len(a) == 0:
+                    refused.add(f"{file} {demo['name']}", "too short for one decision")
+                    continue
                 if demo["instruction"] not in self.instructions:
                     self.instructions.append(demo["instruction"])
                 numbers = self.instructions.index(demo["instruction"]), len(actions), self.suites.index(suite)
                 indices += [(*numbers, t) for t in range(len(a))]
                 self._images.append(resize_frames(demo["agentview"][: len(a)], image_size))
                 actions.append(a)
+        refused.report(len(actions))
         self.actions, self.num_demos = np.concatenate(actions), len(actions)
         self.instruction, self.demo, self.suite, self._frame = torch.tensor(indices).T
 

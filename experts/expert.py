@@ -9,10 +9,16 @@ Three properties make its demonstrations learnable by a small policy that sees o
    (DART, arXiv 1703.09327).
 """
 
-import numpy as np
+from pathlib import Path
 
+import libero.libero.envs.bddl_utils as bddl_utils
+import numpy as np
+from libero.libero import get_libero_path
+
+from experts.knowledge import no_skill
 from experts.scene import Scene
 from experts.skills import Door, Drawer, Knob, PickAndPlace, Push
+from simulator.suites import get_suite
 
 RANK = {"open": 0, "turnoff": 1, "turnon": 1, "in": 2, "on": 2, "close": 3}
 
@@ -43,12 +49,14 @@ class Expert:
                     self.skills.append((g, drawer, "prerequisite"))
                     scene.look()
                     # Plan for the drawer as it will be.
-                    ahead = (0.15 + drawer.position()) * drawer.outward
+                    ahead = max(0.0, 0.125 + drawer.position()) * drawer.outward
                     scene.low[drawer.mine] += ahead
                     scene.high[drawer.mine] += ahead
                 pushed = scene.kinds[g[1]] == "plate"
                 # Things that share a place stand side by side, in the order in which they stand now.
-                sharing = sorted((p for p in placed.values() if p[2] == g[2]), key=lambda p: scene.objects[p[1]][0])
+                sharing = sorted(
+                    (p for p in placed.values() if p[2] == g[2]), key=lambda p: scene.objects[p[1]][0]
+                )
                 shift = 0.09 * (sharing.index(g) - 0.5 * (len(sharing) - 1))
                 skill = Push(scene, g[1], g[2]) if pushed else PickAndPlace(scene, g[1], g[2], shift, ahead)
                 self.skills.append((g, skill, "goal"))
@@ -64,7 +72,7 @@ class Expert:
     def finished(self, g, skill, role):
         if role == "prerequisite":
             q = skill.position()
-            return self.scene.holds(g) or q < (-0.145 if skill.around() and self.scene.gap < 0.05 else -0.12)
+            return self.scene.holds(g) or q < (-0.125 if skill.around() and self.scene.gap < 0.05 else -0.11)
         return self.scene.holds(g) and not (isinstance(skill, PickAndPlace) and skill.on_its_way())
 
     def action(self, episode=None):
@@ -82,8 +90,21 @@ class Expert:
         return self.now[1].action()
 
 
-def uncovered(suite, task_id):
-    return None
+def goal_of(suite, task_id):
+    """A task's goal as its BDDL file has it: a list of (predicate, *names)."""
+    task = get_suite(suite).get_task(task_id)
+    path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+    problem = bddl_utils.robosuite_parse_problem(str(path))
+    return [tuple(predicate) for predicate in problem["goal_state"]]
+
+
+def covered_tasks(suite, task_ids):
+    """Of `task_ids`, those that the skills cover, and {reason: ids} of the others."""
+    missing = {}
+    for task_id in task_ids:
+        if reasons := [reason for predicate in goal_of(suite, task_id) if (reason := no_skill(predicate))]:
+            missing.setdefault(reasons[0], []).append(task_id)
+    return [t for t in task_ids if not any(t in ids for ids in missing.values())], missing
 
 
 def disturb(command, rng, noise, kick):

@@ -100,11 +100,22 @@ def grasp_candidates(scene, name, place):
             offset = centre + radius * np.array([np.cos(angle), np.sin(angle), 0.0])
             offset[2] = high[2] - depth - rest[2]
             for rotation in vertical(scene, angle - np.pi / 2):
-                yield Grasp(offset, rotation, 0.03 if handle else 0.014, handle, 0.0 if np.sin(angle) > 0 else 0.002)
+                yield Grasp(
+                    offset, rotation, 0.03 if handle else 0.014, handle, 0.0 if np.sin(angle) > 0 else 0.002
+                )
         return
     # As deep as the palm allows (the pads end 3.3 cm below it), and no lower than the fingers clear the floor.
     offset = middle.copy()
     offset[2] = max(low[2] + 0.012, high[2] - 0.027) - rest[2]
+    if scene.free:
+        yield Grasp(offset + lean(scene, name, place, offset, low, high), scene.rest_mat, high[1] - low[1])
+        return
+    if not upright and min(high[:2] - low[:2]) > WIDEST:  # it lies, and askew: across its longest axis
+        axis = int(np.argmax(size))
+        heading = np.arctan2(*scene.matrix(name)[1::-1, axis])
+        for rotation in vertical(scene, heading):
+            yield Grasp(offset, rotation, np.sort(size)[1])
+        return
     askew = abs(half_turn(2 * yaw)) / 2
     if not upright or askew < 0.1:
         for opening, width in ((0.0, high[1] - low[1]), (np.pi / 2, high[0] - low[0])):
@@ -116,6 +127,23 @@ def grasp_candidates(scene, name, place):
         if size[axis] < WIDEST:
             for rotation in vertical(scene, yaw + (np.pi / 2 if axis == 1 else 0.0) - np.pi / 2):
                 yield Grasp(offset, rotation, size[axis], True)
+
+
+def lean(scene, name, place, offset, low, high):
+    """Step aside (3,), along the fingers' opening, from a neighbour that is taller than the palm comes down.
+
+    The hand is 20 cm wide, and its palm comes down to 4 cm above the grasp point; the opening (8 cm) leaves some room.
+    """
+    rest, step = scene.objects[name], np.zeros(3)
+    room = max(0.0, 0.5 * (0.08 - (high[1] - low[1])) - 0.005)
+    for other in scene.sim.env.env.objects_dict:
+        if other in (name, place.parent):
+            continue
+        near_low, near_high = scene.extent(other)
+        gap = 0.5 * (near_low + near_high) - 0.5 * (low + high)
+        if near_high[2] > rest[2] + offset[2] + 0.04 and abs(gap[0]) < 0.08 and abs(gap[1]) < 0.15:
+            step[1] -= np.sign(gap[1]) * room
+    return step
 
 
 class Place:
@@ -232,3 +260,17 @@ def place_of(scene, name, shift=0.0):
     if place.site and "cabinet" in place.kind and getattr(thing, "joints", None):
         return InDrawer(scene, name)
     return place
+
+
+def no_skill(predicate):
+    """Why no skill here brings about a goal's predicate (name, *arguments); None where one does."""
+    name, *things = predicate
+    if name not in ("on", "in", "open", "close", "turnon", "turnoff"):
+        return f"predicate {name}"
+    if name == "open" and "microwave" in things[0]:
+        return "open a microwave"
+    if name == "open" and "bottom_region" in things[0]:
+        return "open a bottom drawer"
+    if name == "in" and "shelf" in things[1]:
+        return "put into a shelf"
+    return None

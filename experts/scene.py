@@ -3,14 +3,18 @@
 import mujoco
 import numpy as np
 
-METRES_PER_DECISION = 0.05  # displacement of a full command held for 4 control steps, measured in steady state
+METRES_PER_DECISION = (
+    0.05  # displacement of a full command held for 4 control steps, measured in steady state
+)
 RADIANS_PER_DECISION = 0.5
-GAIN = np.array([0.5, 0.6, 0.8])  # share of the remaining way per decision, x y z: the arm coasts 1 to 3 cm after a full command
+GAIN = np.array(
+    [0.5, 0.6, 0.8]
+)  # share of the remaining way per decision, x y z: the arm coasts 1 to 3 cm after a full command
 OPEN_GAP = 0.078  # metres between the pads of the open gripper
 
 # Boxes of the hand around the grip site, in its own axes (along the fingers' opening, across, up), from the collision meshes.
 PALM = (np.array([-0.106, -0.04, 0.024]), np.array([0.106, 0.04, 0.13]))
-ARM = (PALM[0], np.array([0.106, 0.04, 0.3]))  # with what stands behind it
+WRIST = (np.array([-0.08, -0.08, 0.13]), np.array([0.08, 0.08, 0.35]))
 FINGERS = (np.array([-0.05, -0.01, -0.006]), np.array([0.05, 0.01, 0.024]))
 
 
@@ -72,6 +76,9 @@ class Scene:
                 b = m.body_parentid[b]
             self.owner.append(owner.get(b, ""))
         self.owner = np.array(self.owner)
+        self.free = (
+            not self.sim.env.env.fixtures_dict
+        )  # libero_object's floor: nothing tall stands in the way
         self.kinds = {name: thing.category_name for name, thing in self.things().items()}
         self.look()
         self.rest_mat = self.eef_mat
@@ -104,7 +111,9 @@ class Scene:
         m, d, body = self.sim.model, self.episode.data, self.sim.objects[name]
         mine, back = self.boxed[self.owner == name], self.matrix(name).T
         rotation = back @ d.geom_xmat[mine].reshape(-1, 3, 3)
-        centre = (d.geom_xpos[mine] - d.xpos[body]) @ back.T + np.einsum("nij,nj->ni", rotation, m.geom_aabb[mine, :3])
+        centre = (d.geom_xpos[mine] - d.xpos[body]) @ back.T + np.einsum(
+            "nij,nj->ni", rotation, m.geom_aabb[mine, :3]
+        )
         half = np.einsum("nij,nj->ni", np.abs(rotation), m.geom_aabb[mine, 3:])
         return (centre - half).min(0), (centre + half).max(0)
 
@@ -123,7 +132,7 @@ class Scene:
     def hand_yaw(self):
         return yaw_of(self.eef_mat @ self.rest_mat.T)
 
-    def overlap(self, point, rotation, ignore=(), shape=(ARM, FINGERS)):
+    def overlap(self, point, rotation, ignore=(), shape=(PALM, FINGERS, WRIST)):
         """How deep, in metres summed over boxes, a hand at `point` with `rotation` (3, 3) would stand in the scene's geometry."""
         keep = ~np.isin(self.owner, (*ignore, ""))  # nor in the table: grasps know their own depth
         centre, half = 0.5 * (self.low + self.high)[keep], 0.5 * (self.high - self.low)[keep]
@@ -142,11 +151,14 @@ class Scene:
         keep = ~np.isin(self.owner, ignore)
         low, high = self.low[keep], self.high[keep]
         over = (low[:, 2] > self.eef[2]) & (low[:, 2] < self.eef[2] + 0.25)
-        right, left = self.eef[:2] + margin - low[:, :2], high[:, :2] - self.eef[:2] + margin  # how far in, from either side
+        right, left = (
+            self.eef[:2] + margin - low[:, :2],
+            high[:, :2] - self.eef[:2] + margin,
+        )  # how far in, from either side
         over &= ((right > 0) & (left > 0)).all(1)
         step = np.zeros(2)
-        for r, l in zip(right[over], left[over], strict=True):
-            options = [(r[0], 0, -1.0), (l[0], 0, 1.0), (r[1], 1, -1.0), (l[1], 1, 1.0)]
+        for below, above in zip(right[over], left[over], strict=True):
+            options = [(below[0], 0, -1.0), (above[0], 0, 1.0), (below[1], 1, -1.0), (above[1], 1, 1.0)]
             far, axis, sign = min(options)
             if far > abs(step[axis]):
                 step[axis] = sign * far
@@ -166,14 +178,17 @@ class Scene:
         needed = -np.inf
         wide = np.abs(self.eef_mat[:2, 0])  # the hand's long axis
         # The tips and what they hold, then the palm: 10 cm to either side, 2.4 cm higher.
-        for size, below in ((radius + 0.02 + 0.03 * wide, hang + 0.02), (0.04 + 0.075 * wide, -0.024 + 0.015)):
-            l, h = low[:, :2] - size, high[:, :2] + size
+        for size, below in (
+            (radius + 0.02 + 0.03 * wide, hang + 0.02),
+            (0.04 + 0.075 * wide, -0.024 + 0.015),
+        ):
+            near, far = low[:, :2] - size, high[:, :2] + size
             # Entry and exit of the straight way into each widened rectangle (the slab method), as shares of the way.
             with np.errstate(divide="ignore", invalid="ignore"):
-                a, b = (l - self.eef[:2]) / way, (h - self.eef[:2]) / way
+                a, b = (near - self.eef[:2]) / way, (far - self.eef[:2]) / way
             a, b = np.nan_to_num(a, nan=-np.inf), np.nan_to_num(b, nan=np.inf)
             enter, leave = np.minimum(a, b).max(1), np.maximum(a, b).min(1)
-            there = ((goal > l) & (goal < h)).all(1)
+            there = ((goal > near) & (goal < far)).all(1)
             hit = (enter < leave) & (leave > 0) & (enter < 1)
             if hit.any():
                 distance = np.clip(enter[hit], 0, 1) * length
@@ -187,10 +202,10 @@ def angle_between(a, b):
     return np.linalg.norm(rotation_vector(a @ b.T))
 
 
-def command(scene, position, rotation=None, gripper=1.0, gain=GAIN, limit=1.0):
-    """The command (7,) that brings the grip site to `position` (3,) and, where given, the hand to `rotation` (3, 3)."""
+def command(scene, way, rotation=None, gripper=1.0, gain=GAIN, limit=1.0):
+    """The command (7,) for the `way` (3,) that the grip site still has to go, and the `rotation` (3, 3) that the hand is to have."""
     out = np.zeros(7)
-    out[:3] = np.clip(gain * (position - scene.eef) / METRES_PER_DECISION, -limit, limit)
+    out[:3] = np.clip(gain * way / METRES_PER_DECISION, -limit, limit)
     if rotation is not None:
         error = rotation_vector(rotation @ scene.eef_mat.T)
         out[3:6] = np.clip(0.5 * error / RADIANS_PER_DECISION, -0.5, 0.5)
@@ -198,12 +213,11 @@ def command(scene, position, rotation=None, gripper=1.0, gain=GAIN, limit=1.0):
     return out
 
 
-def travel(scene, target, rotation, gripper, ignore=(), hang=0.0, radius=0.0):
+def travel(scene, way, rotation, gripper, ignore=()):
     """`command` for a long way: over what stands between, first up and then across where that is near."""
-    horizontal = np.linalg.norm(target[:2] - scene.eef[:2])
-    if horizontal < 0.03:
-        return command(scene, target, rotation, gripper)
-    safe = scene.safe_height(target, hang, radius, ignore)
-    out = command(scene, np.array([*target[:2], max(target[2], safe)]), rotation, gripper)
-    out[:2] *= np.clip(1.0 - (safe - scene.eef[2]) / 0.04, 0.0, 1.0)
+    if scene.free or np.linalg.norm(way[:2]) < 0.03:
+        return command(scene, way, rotation, gripper)
+    rise = scene.safe_height(scene.eef + way, 0.0, 0.0, ignore) - scene.eef[2]
+    out = command(scene, np.array([*way[:2], max(way[2], rise)]), rotation, gripper)
+    out[:2] *= np.clip(1.0 - rise / 0.04, 0.0, 1.0)
     return out

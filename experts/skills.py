@@ -8,6 +8,7 @@ import numpy as np
 
 from experts.knowledge import grasp_candidates, leaning, lying, place_of, reachable
 from experts.scene import METRES_PER_DECISION, OPEN_GAP, angle_between, command, half_turn, travel, turn
+from support.errors import UserError
 
 
 class PickAndPlace:
@@ -25,7 +26,7 @@ class PickAndPlace:
         best = None
         for grasp in grasp_candidates(scene, name, self.place):
             grip = self.rest + grasp.offset
-            cost = 20 * scene.overlap(grip, grasp.rotation, (name,)) + grasp.cost
+            cost = 6 * scene.overlap(grip, grasp.rotation, (name,)) + grasp.cost
             cost += 0.1 * angle_between(grasp.rotation, scene.rest_mat)
             for dyaw in self.place.turns(scene, name, self.yaw0):
                 end, rotation = goal + turn(dyaw) @ grasp.offset, turn(dyaw) @ grasp.rotation
@@ -33,20 +34,33 @@ class PickAndPlace:
                 if not reachable(scene, rotation):
                     continue
                 # As low as the hand has room there, and no lower than the thing stands.
-                lowest = height = surface + self.place.drop + grip[2] - low[2]
-                while height < lowest + 0.4 and scene.overlap(np.array([*end[:2], height]), rotation, ignored) > 0.003:
+                lowest = height = surface + (grip[2] - low[2]) + self.place.drop
+                while (
+                    not scene.free
+                    and height < lowest + 0.4
+                    and scene.overlap(np.array([*end[:2], height]), rotation, ignored) > 0.003
+                ):
                     height += 0.005
                 total = cost + 2.0 * (height - lowest) + 0.1 * twist + 0.02 * abs(dyaw)
                 if best is None or total < best[0]:
                     best = (total, grasp, dyaw, height)
+        if best is None:
+            raise UserError(f"no grasp of {name} within reach in {scene.sim.suite} task {scene.sim.task_id}")
         _, self.grasp, self.dyaw, self.release_height = best
         self.offset, self.hang = self.grasp.offset, (self.rest + self.grasp.offset)[2] - low[2]
-        self.carry_height = self.release_height if walls is None else max(self.release_height, walls + self.hang + 0.02)
-        self.clearance = high[2] - (self.rest[2] + self.offset[2]) + 0.045  # above the grasp point, free of the object
+        self.carry_height = (
+            self.release_height if walls is None else max(self.release_height, walls + self.hang + 0.02)
+        )
+        self.clearance = (
+            high[2] - (self.rest[2] + self.offset[2]) + 0.045
+        )  # above the grasp point, free of the object
         self.back = np.array([0.0, 0.0, 1.0])  # the way the hand comes from
-        if abs(self.grasp.rotation[2, 2]) < 0.9:
+        self.upright = abs(self.grasp.rotation[2, 2]) > 0.9
+        if not self.upright:
             self.back, self.clearance = -self.grasp.rotation[:, 2], 0.09
-        self.turning = self.grasp.turns or self.dyaw != 0.0 or angle_between(self.grasp.rotation, scene.rest_mat) > 0.1
+        self.turning = (
+            self.grasp.turns or self.dyaw != 0.0 or angle_between(self.grasp.rotation, scene.rest_mat) > 0.1
+        )
 
     def grip(self):
         """Where the hand belongs on the object as it lies now: point (3,), rotation (3, 3), and the object's turn since the start."""
@@ -54,7 +68,11 @@ class PickAndPlace:
         if self.grasp.turns:
             dyaw = self.scene.yaw(self.name) - self.yaw0
             dyaw = (dyaw + np.pi) % (2 * np.pi) - np.pi
-        return self.scene.objects[self.name] + turn(dyaw) @ self.offset, turn(dyaw) @ self.grasp.rotation, dyaw
+        return (
+            self.scene.objects[self.name] + turn(dyaw) @ self.offset,
+            turn(dyaw) @ self.grasp.rotation,
+            dyaw,
+        )
 
     def around(self):
         point, rotation, dyaw = self.grip()
@@ -68,13 +86,17 @@ class PickAndPlace:
         error = np.linalg.norm(self.scene.eef - self.grip()[0])
         left = np.linalg.norm((self.place.position() - self.scene.objects[self.name])[:2])
         high = self.scene.eef[2] > self.release_height + self.place.slack
-        return error < 0.05 and self.scene.gap < self.grasp.width + 0.005 and (left > self.place.tolerance or high)
+        return (
+            error < 0.05
+            and self.scene.gap < self.grasp.width + 0.005
+            and (left > self.place.tolerance or high)
+        )
 
     def leave(self):
         scene = self.scene
         _, rotation, dyaw = self.grip()
         step = 0.06 * turn(dyaw) @ self.back if scene.gap > OPEN_GAP - 0.02 else 0.0
-        return command(scene, scene.eef + step, rotation if self.turning else None)
+        return command(scene, step + np.zeros(3), rotation if self.turning else None)
 
     def action(self):
         scene = self.scene
@@ -83,8 +105,10 @@ class PickAndPlace:
         eef, obj = scene.eef, scene.objects[self.name]
         error = point - eef
         along = error @ back
-        lateral = np.linalg.norm(error - along * back)
-        started = scene.gap < 0.072  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
+        lateral = np.linalg.norm(error[:2] if self.upright else error - along * back)
+        started = (
+            scene.gap < 0.072
+        )  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
         between = lateral < (0.03 if started else 0.014) and abs(along) < (0.035 if started else 0.012)
         gripping = between and scene.gap < self.grasp.width + 0.005
         moved = np.linalg.norm(obj - self.rest)
@@ -103,39 +127,49 @@ class PickAndPlace:
         rest_height = (self.rest + self.offset)[2]
 
         if between and moved > 0.02 and left < tolerance and eef[2] < self.release_height + self.place.slack:
-            return command(scene, eef)  # over the goal: let go
+            return command(scene, np.zeros(3))  # over the goal: let go
         if gripping:
             # Carry on a slant: rise and travel together, but stay a wall's width short of the goal until high enough.
             out = np.zeros(7)
-            lifted = np.clip((eef[2] - rest_height) / max(self.carry_height - rest_height, 0.02), 0, 1)
+            rise = self.carry_height - rest_height
+            lifted = np.clip((eef[2] - rest_height) / rise, 0, 1) if rise > 0.02 else 1.0
             stop = 0.16 if lifted < 0.75 and distance > 0.1 else 0.0
-            height = self.release_height + np.clip((distance - tolerance) / 0.04, 0, 1) * (self.carry_height - self.release_height)
+            height = self.release_height + np.clip((distance - tolerance) / 0.04, 0, 1) * (
+                self.carry_height - self.release_height
+            )
             over = np.array([*(eef[:2] + to_goal), self.carry_height])
-            safe = scene.safe_height(over, self.hang, self.radius, self.ignored) if distance > tolerance else height
-            speed = np.clip(1.0 - (safe - eef[2]) / 0.04, 0.0, 1.0)
+            look_out = not scene.free and distance > tolerance
+            safe = scene.safe_height(over, self.hang, self.radius, self.ignored) if look_out else height
+            speed = np.clip(1.0 - (safe - eef[2]) / 0.04, 0.0, 1.0) if look_out else 1.0
             if turned > 0.3 and moved > 0.02 and distance < 0.12:
                 speed = 0.0  # turn before going in
             step = np.clip(distance - stop, 0.0, METRES_PER_DECISION / 0.8) * speed
             out[:2] = 0.8 * to_goal / (distance + 1e-9) * step / METRES_PER_DECISION
             out[2] = np.clip(0.8 * (max(height, safe) - eef[2]) / METRES_PER_DECISION, -1.0, 1.0)
             if rotation is not None:
-                out[3:6] = command(scene, eef, rotation)[3:6]
-            escape = scene.way_out(self.radius + 0.02, self.ignored) if distance > tolerance + 0.02 else np.zeros(2)
+                out[3:6] = command(scene, np.zeros(3), rotation)[3:6]
+            escape = (
+                scene.way_out(self.radius + 0.02, self.ignored)
+                if look_out and distance > tolerance + 0.02
+                else np.zeros(2)
+            )
             if escape.any():  # something hangs over it, e.g. an open drawer: sideways first
-                out[:2] = command(scene, np.array([*(eef[:2] + escape), 0.0]))[:2]
+                out[:2] = command(scene, np.array([*escape, 0.0]))[:2]
                 if np.linalg.norm(escape) > 0.01:
-                    out[2] = command(scene, np.array([0.0, 0.0, rest_height + 0.03]))[2]
+                    out[2] = command(scene, np.array([0.0, 0.0, rest_height + 0.03 - eef[2]]))[2]
             if moved < 0.008:
                 out[:3] *= 0.5  # the first centimetre slowly, while the fingers still tighten
             return out
         if between:
-            return command(scene, point, rotation, 0.0, 0.3, 0.2)  # close, holding still
+            return command(scene, error, rotation, 0.0, 0.3, 0.2)  # close, holding still
         # Down a funnel: full clearance outside 4 cm, the grasp height within 1 cm, higher still when far away.
         funnel = self.clearance * np.clip((lateral - 0.01) / 0.03, 0.0, 1.0)
         if turned > 0.3:
             funnel = self.clearance
-        target = point + funnel * back + [0.0, 0.0, 0.3 * max(0.0, lateral - 0.08)]
-        return travel(scene, target, rotation, 1.0, (self.name, ""))
+        if self.upright:
+            funnel += 0.3 * max(0.0, lateral - 0.08)
+        way = error + funnel * back + [0.0, 0.0, 0.0 if self.upright else 0.3 * max(0.0, lateral - 0.08)]
+        return travel(scene, way, rotation, 1.0, (self.name, ""))
 
 
 class Drawer:
@@ -157,7 +191,11 @@ class Drawer:
             # without touching what stands above it.
             self.rotation = leaning(scene, -self.outward, np.pi / 2, np.radians(35))
             # Towards +y the wrist can be turned either way.
-            self.other = leaning(scene, -self.outward, -np.pi / 2, np.radians(35)) if self.outward[1] < 0 else self.rotation
+            self.other = (
+                leaning(scene, -self.outward, -np.pi / 2, np.radians(35))
+                if self.outward[1] < 0
+                else self.rotation
+            )
 
     def position(self):
         return self.scene.episode.data.qpos[self.scene.sim.model.jnt_qposadr[self.joint]]
@@ -175,7 +213,7 @@ class Drawer:
     def leave(self):
         scene = self.scene
         step = 0.08 * self.outward if scene.gap > OPEN_GAP - 0.02 or not self.opening else 0.0
-        return command(scene, scene.eef + step, self.rotation, float(self.opening))
+        return command(scene, step + np.zeros(3), self.rotation, float(self.opening))
 
     def action(self):
         scene = self.scene
@@ -189,14 +227,14 @@ class Drawer:
             aside = np.linalg.norm(lateral[:2])
             lift = 0.15 * np.clip((aside - 0.01) / 0.03, 0.0, 1.0) if ready else 0.15
             target = bar + (stand if stand > 0.02 else -0.06) * self.outward + [0.0, 0.0, lift]
-            return travel(scene, target, rotation, 0.0, ("", self.cabinet))
+            return travel(scene, target - scene.eef, rotation, 0.0, ("", self.cabinet))
         started = scene.gap < 0.07
         near = ready and off < (0.025 if started else 0.012) and abs(out) < (0.03 if started else 0.012)
         if near and scene.gap < 0.028:  # the bar is 16 mm thick
-            return command(scene, bar + 0.08 * self.outward, rotation, 0.0, 0.8)
+            return command(scene, bar + 0.08 * self.outward - scene.eef, rotation, 0.0, 0.8)
         if near:
-            return command(scene, bar, rotation, 0.0, 0.3, 0.2)
-        return travel(scene, bar + stand * self.outward, rotation, 1.0, ("", self.cabinet))
+            return command(scene, bar - scene.eef, rotation, 0.0, 0.3, 0.2)
+        return travel(scene, bar + stand * self.outward - scene.eef, rotation, 1.0, ("", self.cabinet))
 
 
 class Knob:
@@ -211,7 +249,9 @@ class Knob:
     def fin(self):
         """Where the hand takes the fin, (3,), and the hand's rotation there: the fin lies along the knob's own y axis."""
         across = self.scene.yaw_body(self.body)
-        return self.scene.episode.data.xanchor[self.joint] + [0.0, 0.0, 0.035], turn(half_turn(across - np.pi / 2)) @ self.scene.rest_mat
+        return self.scene.episode.data.xanchor[self.joint] + [0.0, 0.0, 0.035], turn(
+            half_turn(across - np.pi / 2)
+        ) @ self.scene.rest_mat
 
     def around(self):
         error = self.scene.eef - self.fin()[0]
@@ -219,7 +259,7 @@ class Knob:
 
     def leave(self):
         scene = self.scene
-        up = scene.eef + [0.0, 0.0, 0.06 if scene.gap > OPEN_GAP - 0.02 else 0.0]
+        up = np.array([0.0, 0.0, 0.06 if scene.gap > OPEN_GAP - 0.02 else 0.0])
         return command(scene, up, self.fin()[1])
 
     def action(self):
@@ -230,11 +270,11 @@ class Knob:
         started = scene.gap < 0.07
         near = off < (0.02 if started else 0.01) and abs(error[2]) < (0.02 if started else 0.012)
         if near and scene.gap < 0.03:  # the fin is 24 mm thick
-            return command(scene, point, turn(0.5 if self.on else -0.5) @ scene.eef_mat, 0.0)
+            return command(scene, error, turn(0.5 if self.on else -0.5) @ scene.eef_mat, 0.0)
         if near and (started or angle_between(rotation, scene.eef_mat) < 0.15):
-            return command(scene, point, rotation, 0.0, 0.3, 0.2)
-        target = point + [0.0, 0.0, 0.07 * np.clip((off - 0.01) / 0.03, 0.0, 1.0)]
-        return travel(scene, target, rotation, 1.0, ("",))
+            return command(scene, error, rotation, 0.0, 0.3, 0.2)
+        way = error + [0.0, 0.0, 0.07 * np.clip((off - 0.01) / 0.03, 0.0, 1.0)]
+        return travel(scene, way, rotation, 1.0, ("",))
 
 
 class Push:
@@ -247,7 +287,7 @@ class Push:
         return False
 
     def leave(self):
-        return command(self.scene, self.scene.eef, None, 0.0)
+        return command(self.scene, np.zeros(3), None, 0.0)
 
     def action(self):
         scene = self.scene
@@ -260,9 +300,9 @@ class Push:
         height = plate[2] + 0.011
         if inside:
             lead = plate[:2] + way / (distance + 1e-9) * (0.03 + min(distance, 0.05))
-            return command(scene, np.array([*lead, height]), scene.rest_mat, 0.0, 0.8, 0.4)
+            return command(scene, np.array([*lead, height]) - scene.eef, scene.rest_mat, 0.0, 0.8, 0.4)
         target = np.array([*plate[:2], height + 0.08 * np.clip((horizontal - 0.01) / 0.03, 0, 1)])
-        return travel(scene, target, scene.rest_mat, 0.0, (self.name, ""))
+        return travel(scene, target - scene.eef, scene.rest_mat, 0.0, (self.name, ""))
 
 
 class Door:
@@ -278,7 +318,7 @@ class Door:
         return False
 
     def leave(self):
-        return command(self.scene, self.scene.eef, None, 0.0)
+        return command(self.scene, np.zeros(3), None, 0.0)
 
     def action(self):
         scene, d, m = self.scene, self.scene.episode.data, self.scene.sim.model
@@ -297,6 +337,6 @@ class Door:
         if scene.eef[2] < height + 0.03 and along < 0.08 and depth > -0.05:
             target = hinge + 0.2 * radial + 0.04 * closing
             target[2] = height
-            return command(scene, target, scene.rest_mat, 0.0, 0.8)
+            return command(scene, target - scene.eef, scene.rest_mat, 0.0, 0.8)
         lift = 0.15 if (scene.eef - hinge) @ closing > -0.06 else 0.0
-        return travel(scene, behind + [0.0, 0.0, lift], scene.rest_mat, 0.0, ("",))
+        return travel(scene, behind + [0.0, 0.0, lift] - scene.eef, scene.rest_mat, 0.0, ("",))

@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from experts import PickAndPlaceExpert
+from experts import Expert
 from simulator import meshes, render, suites
 from simulator.task import TaskSim
 from support.errors import UserError
@@ -153,13 +153,13 @@ def test_success_equals_stock_along_a_demonstration(both):
         pytest.skip("no scripted expert for this suite")
     episode = task.episode()
     episode.reset(0)
-    expert = PickAndPlaceExpert(episode, suite)
+    expert = Expert(episode)
     actions, ours = [], []
     while len(actions) < suites.max_steps(suite) and not any(
         ours[-5:-4]
     ):  # and five steps beyond the first success
         if len(actions) % 4 == 0:
-            command = expert.action(episode)
+            command = expert.action()
         actions.append(command)
         ours.append(episode.step(command))
     stock.reset(0)
@@ -237,7 +237,7 @@ def test_what_stands_still_is_drawn_once():
     episode, other = task.episode(), task.episode()
     episode.reset(0)
     other.reset(1)
-    expert, again, carried = PickAndPlaceExpert(episode, "libero_object"), 0, 0.0
+    expert, again, carried = Expert(episode), 0, 0.0
     height = episode.privileged()["objects"]["alphabet_soup_1"][0][2]
     for number in range(35):
         before = episode.kept.pixels
@@ -248,7 +248,7 @@ def test_what_stands_still_is_drawn_once():
         if copied := number % 10 == 0:
             other.set_state(episode.get_state())
         for _ in range(4):
-            command = expert.action(episode)
+            command = expert.action()
             episode.step(command)
             other.step(command)
         if copied:
