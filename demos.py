@@ -274,7 +274,11 @@ def _instruction(data, path, suite):
 
     try:
         text = json.loads(_text(data.attrs["problem_info"]))["language_instruction"]
-        text = text if isinstance(text, str) else ("" if all(len(word) == 1 for word in text) else " ").join(text)
+        text = (
+            text
+            if isinstance(text, str)
+            else ("" if all(len(word) == 1 for word in text) else " ").join(text)
+        )
         text = " ".join(text.replace('"', " ").split())
     except (KeyError, ValueError, TypeError):
         text = suites.file_name_sentence(path.name)

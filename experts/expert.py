@@ -20,6 +20,8 @@ from experts.scene import Scene
 from experts.skills import Door, Drawer, Knob, PickAndPlace, Push
 from simulator.suites import get_suite
 
+OPENED = 0.125  # metres that a drawer is pulled for something to go in: a bowl is 11 cm wide
+PUSHED = ("akita_black_bowl", "white_bowl")  # what can be pushed aside from inside
 RANK = {"open": 0, "turnoff": 1, "turnon": 1, "in": 2, "on": 2, "close": 3}
 
 
@@ -43,23 +45,18 @@ class Expert:
         self.skills = []  # (predicate, skill)
         for g in self.goal:
             if g[0] in ("in", "on"):
-                ahead = 0.0
-                if drawer_of(scene, g[2]):
-                    drawer = Drawer(scene, g[2], True)
-                    self.skills.append((g, drawer, "prerequisite"))
-                    scene.look()
-                    # Plan for the drawer as it will be.
-                    ahead = max(0.0, 0.125 + drawer.position()) * drawer.outward
-                    scene.low[drawer.mine] += ahead
-                    scene.high[drawer.mine] += ahead
-                pushed = scene.kinds[g[1]] == "plate"
+                if scene.kinds[g[1]] == "plate" and g[2].endswith("_region"):
+                    self.skills.append((g, Push(scene, g[1], g[2]), "goal"))
+                    continue
                 # Things that share a place stand side by side, in the order in which they stand now.
                 sharing = sorted(
                     (p for p in placed.values() if p[2] == g[2]), key=lambda p: scene.objects[p[1]][0]
                 )
                 shift = 0.09 * (sharing.index(g) - 0.5 * (len(sharing) - 1))
-                skill = Push(scene, g[1], g[2]) if pushed else PickAndPlace(scene, g[1], g[2], shift, ahead)
-                self.skills.append((g, skill, "goal"))
+                if drawer_of(scene, g[2]):
+                    self.skills += self.into_drawer(g, shift)
+                else:
+                    self.skills.append((g, PickAndPlace(scene, g[1], g[2], shift), "goal"))
             elif g[0] in ("open", "close"):
                 make = Drawer if drawer_of(scene, g[1]) else Door
                 self.skills.append((g, make(scene, g[1], g[0] == "open"), "goal"))
@@ -69,20 +66,44 @@ class Expert:
             for s in self.skills:  # where one skill turns the hand, the others turn it back
                 s[1].turning = True
 
+    def into_drawer(self, g, shift):
+        """Open it first; and before that, push the thing away from where the hand would have no room under the open drawer."""
+        scene, name = self.scene, g[1]
+        drawer = Drawer(scene, g[2], True)
+        ahead = max(0.0, OPENED + drawer.position()) * drawer.outward
+        scene.look()
+        scene.low[drawer.mine] += ahead  # plan for the drawer as it will be
+        scene.high[drawer.mine] += ahead
+        for aside in 0.01 * np.arange(0, 10):
+            pick = PickAndPlace(scene, name, g[2], shift, ahead, aside * drawer.outward)
+            if pick.crowded < 0.005 or scene.kinds[name] not in PUSHED:
+                break
+        scene.look()
+        skills = [(g, drawer, "prerequisite"), (g, pick, "goal")]
+        if aside > 0.0:
+            target = scene.objects[name] + (aside + 0.02) * drawer.outward
+            self.aside = aside
+            skills.insert(0, (g, Push(scene, name, target), "aside"))
+        self.drawer = drawer
+        return skills
+
     def finished(self, g, skill, role):
+        if role == "aside":
+            return self.drawer.position() < -0.05 or skill.progress() > self.aside
         if role == "prerequisite":
             q = skill.position()
-            return self.scene.holds(g) or q < (-0.125 if skill.around() and self.scene.gap < 0.05 else -0.11)
+            return self.scene.holds(g) or q < (-OPENED if skill.around() and self.scene.gap < 0.05 else -0.11)
         return self.scene.holds(g) and not (isinstance(skill, PickAndPlace) and skill.on_its_way())
 
-    def action(self, episode=None):
+    def action(self):
         """The clean command (7,) in policy convention (gripper 1 = open, 0 = close) for the episode's current state."""
         scene = self.scene
         scene.look()
         done = [self.finished(*s) for s in self.skills]
         self.now = next((s for s, d in zip(self.skills, done) if not d), None)
         for (g, skill, role), d in zip(self.skills, done):
-            if d and skill.around() and not (role == "prerequisite" and scene.holds(g)):
+            past = role == "prerequisite" and scene.holds(g) or role == "aside" and self.drawer.position() < -0.05
+            if d and not past and skill.around():
                 self.now = (g, skill, "leave " + role)
                 return skill.leave()
         if self.now is None:

@@ -14,10 +14,11 @@ from support.errors import UserError
 class PickAndPlace:
     """Grasp an object, carry it to its place, let go."""
 
-    def __init__(self, scene, name, place, shift=0.0, ahead=0.0):
+    def __init__(self, scene, name, place, shift=0.0, ahead=0.0, start=0.0):
+        """ahead: how far the place will have moved by then; start: how far the object will (see `Expert`), (3,) or 0."""
         self.scene, self.name, self.place = scene, name, place_of(scene, place, shift)
-        self.rest, self.yaw0 = scene.objects[name].copy(), scene.yaw(name)
-        low, high = scene.extent(name)
+        self.rest, self.yaw0 = scene.objects[name] + start, scene.yaw(name)
+        low, high = (corner + start for corner in scene.extent(name))
         self.radius = 0.5 * (high - low)[:2]
         goal, surface, walls = self.place.position() + ahead, *self.place.heights()
         # The hand goes where a niche is, not above it; its front edge is for `Niche.position` to know.
@@ -26,7 +27,8 @@ class PickAndPlace:
         best = None
         for grasp in grasp_candidates(scene, name, self.place):
             grip = self.rest + grasp.offset
-            cost = 6 * scene.overlap(grip, grasp.rotation, (name,)) + grasp.cost
+            crowded = scene.overlap(grip, grasp.rotation, (name,))
+            cost = 6 * crowded + grasp.cost
             cost += 0.1 * angle_between(grasp.rotation, scene.rest_mat)
             for dyaw in self.place.turns(scene, name, self.yaw0):
                 end, rotation = goal + turn(dyaw) @ grasp.offset, turn(dyaw) @ grasp.rotation
@@ -43,10 +45,10 @@ class PickAndPlace:
                     height += 0.005
                 total = cost + 2.0 * (height - lowest) + 0.1 * twist + 0.02 * abs(dyaw)
                 if best is None or total < best[0]:
-                    best = (total, grasp, dyaw, height)
+                    best = (total, grasp, dyaw, height, crowded)
         if best is None:
             raise UserError(f"no grasp of {name} within reach in {scene.sim.suite} task {scene.sim.task_id}")
-        _, self.grasp, self.dyaw, self.release_height = best
+        _, self.grasp, self.dyaw, self.release_height, self.crowded = best
         self.offset, self.hang = self.grasp.offset, (self.rest + self.grasp.offset)[2] - low[2]
         self.carry_height = (
             self.release_height if walls is None else max(self.release_height, walls + self.hang + 0.02)
@@ -278,31 +280,44 @@ class Knob:
 
 
 class Push:
-    """Slide a plate over the table: closed fingers press into its well and push its rim from inside, which keeps it stable."""
+    """Slide a plate or a bowl over the table: closed fingers in its well push its wall from inside, which keeps it stable.
 
-    def __init__(self, scene, name, place):
-        self.scene, self.name, self.place = scene, name, place_of(scene, place)
+    goal: a place's name, or a point (3,) on the table.
+    """
+
+    def __init__(self, scene, name, goal):
+        self.scene, self.name = scene, name
+        self.place = place_of(scene, goal) if isinstance(goal, str) else None
+        self.goal, self.rest = goal, scene.objects[name].copy()
+        deep = scene.extent(name)[1][2] - self.rest[2] > 0.03
+        self.depth = 0.02 if deep else 0.011  # of the tips above its origin: over the bottom, below the rim
+
+    def progress(self):
+        """How far it has come along the way to a point, metres."""
+        way = self.goal - self.rest
+        return (self.scene.objects[self.name] - self.rest) @ way / np.linalg.norm(way)
 
     def around(self):
-        return False
+        error = self.scene.objects[self.name] - self.scene.eef
+        return self.scene.gap < 0.02 and np.linalg.norm(error[:2]) < 0.06 and -error[2] < 0.09
 
     def leave(self):
-        return command(self.scene, np.zeros(3), None, 0.0)
+        return command(self.scene, np.array([0.0, 0.0, 0.06]), self.scene.rest_mat, 0.0)
 
     def action(self):
         scene = self.scene
-        plate, goal = scene.objects[self.name], self.place.position()
-        way = goal[:2] - plate[:2]
+        thing = scene.objects[self.name]
+        way = ((self.place.position() if self.place else self.goal) - thing)[:2]
         distance = np.linalg.norm(way)
-        error = plate - scene.eef
-        horizontal = np.linalg.norm(error[:2])
-        inside = horizontal < 0.045 and scene.eef[2] < plate[2] + 0.035
-        height = plate[2] + 0.011
-        if inside:
-            lead = plate[:2] + way / (distance + 1e-9) * (0.03 + min(distance, 0.05))
+        horizontal = np.linalg.norm((thing - scene.eef)[:2])
+        height = thing[2] + self.depth
+        if horizontal < 0.045 and scene.eef[2] < thing[2] + 0.035:  # inside
+            lead = thing[:2] + way / (distance + 1e-9) * (0.03 + min(distance, 0.05))
             return command(scene, np.array([*lead, height]) - scene.eef, scene.rest_mat, 0.0, 0.8, 0.4)
-        target = np.array([*plate[:2], height + 0.08 * np.clip((horizontal - 0.01) / 0.03, 0, 1)])
-        return travel(scene, target - scene.eef, scene.rest_mat, 0.0, (self.name, ""))
+        above = 0.08 * np.clip((horizontal - 0.01) / 0.03, 0, 1)
+        return travel(
+            scene, np.array([*thing[:2], height + above]) - scene.eef, scene.rest_mat, 0.0, (self.name, "")
+        )
 
 
 class Door:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import demos
-from experts import disturb
 from support.errors import UserError
 from support.pool import run_jobs
 
@@ -244,14 +243,6 @@ def test_sentences_are_those_of_the_suite(tmp_path, capsys):
 def test_missing_demonstrations_name_the_command(tmp_path):
     with pytest.raises(UserError, match="demos.py"):
         demos.demo_files(tmp_path)
-
-
-def test_disturbance_keeps_commands_in_range_and_is_off_at_zero():
-    rng = np.random.default_rng(0)
-    command = np.array([1.0, -1.0, 0.3, 0, 0, 0, 1.0])
-    np.testing.assert_array_equal(disturb(command, rng, 0.0, 0.0), command)
-    many = np.stack([disturb(command, rng, 0.5, 0.5) for _ in range(200)])
-    assert np.abs(many).max() <= 1.0 and (many[:, 3:6] == 0).all() and 0 < (many[:, 6] == 0).sum() < 100
 
 
 @pytest.mark.parametrize(
