@@ -102,7 +102,12 @@ class Expert:
         done = [self.finished(*s) for s in self.skills]
         self.now = next((s for s, d in zip(self.skills, done) if not d), None)
         for (g, skill, role), d in zip(self.skills, done):
-            past = role == "prerequisite" and scene.holds(g) or role == "aside" and self.drawer.position() < -0.05
+            past = (
+                role == "prerequisite"
+                and scene.holds(g)
+                or role == "aside"
+                and self.drawer.position() < -0.05
+            )
             if d and not past and skill.around():
                 self.now = (g, skill, "leave " + role)
                 return skill.leave()

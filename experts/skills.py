@@ -111,7 +111,10 @@ class PickAndPlace:
         started = (
             scene.gap < 0.072
         )  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
-        between = lateral < (0.03 if started else 0.014) and abs(along) < (0.035 if started else 0.012)
+        near = (0.03, 0.035) if started else (0.014, 0.012)
+        if not scene.free and 0.004 < scene.gap < self.grasp.width + 0.005:
+            near = (0.05, 0.06)  # something is held, and may hang aslant from its handle
+        between = lateral < near[0] and abs(along) < near[1]
         gripping = between and scene.gap < self.grasp.width + 0.005
         moved = np.linalg.norm(obj - self.rest)
         turned = 0.0
@@ -227,8 +230,11 @@ class Drawer:
         if not self.opening:
             # Down in front of it, then against it.
             aside = np.linalg.norm(lateral[:2])
+            if ready and off < 0.05 and out < 0.15:
+                push = stand if stand > 0.02 else -0.06
+                return command(scene, bar + push * self.outward - scene.eef, rotation, 0.0)
             lift = 0.15 * np.clip((aside - 0.01) / 0.03, 0.0, 1.0) if ready else 0.15
-            target = bar + (stand if stand > 0.02 else -0.06) * self.outward + [0.0, 0.0, lift]
+            target = bar + max(stand, 0.1) * self.outward + [0.0, 0.0, lift]
             return travel(scene, target - scene.eef, rotation, 0.0, ("", self.cabinet))
         started = scene.gap < 0.07
         near = ready and off < (0.025 if started else 0.012) and abs(out) < (0.03 if started else 0.012)
