@@ -141,9 +141,12 @@ class Scene:
         for low, high in shape:
             middle, reach = point + axes @ (0.5 * (low + high)), 0.5 * (high - low)
             apart = np.abs(centre - middle)
-            world = (half + np.abs(axes) @ reach - apart).min(1)
-            own = (half @ np.abs(axes) + reach - np.abs((centre - middle) @ axes)).min(1)
-            depth += np.clip(np.minimum(world, own), 0.0, None).sum()
+            world = half + np.abs(axes) @ reach - apart
+            own = half @ np.abs(axes) + reach - np.abs((centre - middle) @ axes)
+            hit = np.minimum(world.min(1), own.min(1)) > 0.001
+            # How far aside the hand would have to be; a thin plate is in the way as much as a block.
+            aside = np.minimum(world[:, :2].min(1), own[:, :2].min(1))
+            depth += np.where(hit, np.maximum(aside, 0.01), 0.0).sum()
         return depth
 
     def way_out(self, margin, ignore=()):
