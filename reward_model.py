@@ -115,6 +115,7 @@ import torch.nn.functional as F
 from demos import Refused, demo_files, demo_path, read_demos, write_demos
 from models.adapters import LORA_TARGETS, Adapter, read_tensors_for, save_adapter
 from models.answer import answer_token_ids, prior_of, score_of
+from models.checkpoints import resolve_checkpoint
 from models.vlm import VLM
 from policy import ACTION_DIM, OpenVLA, policy_convention
 from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
@@ -262,17 +263,11 @@ def embed_frames(model, frames, chunk=64):
 
 
 def read_reward_model(path, dtype=torch.float32, device="cpu"):
-    """An RPRM, a tuned VLM or else a stock VLM, each by its directory (VLM: or hub id), for frames and actions."""
-    folder, config, info = Path(path), Path(path) / "config.json", Path(path) / "rprm.json"
-    if info.is_file():
-        is_vlm = "vlm" in read_json(info)
-    elif config.is_file():
-        is_vlm = '"openvla"' not in config.read_text(errors="replace")
-    else:  # a name on the hub: owner/name
-        is_vlm = len(folder.parts) == 2 and not (
-            folder.exists() or folder.is_absolute() or folder.parent.is_dir()
-        )
-    return (VLM if is_vlm else RPRM).from_pretrained(path, dtype=dtype, device=device)
+    """An RPRM, a tuned VLM or else a stock VLM, each by its directory or hub id, for frames and actions."""
+    folder = resolve_checkpoint(path, "reward model")
+    info, config = folder / "rprm.json", folder / "config.json"
+    is_vlm = "vlm" in read_json(info) if info.is_file() else '"openvla"' not in config.read_text(errors="replace")
+    return (VLM if is_vlm else RPRM).from_pretrained(folder, dtype=dtype, device=device)
 
 
 # --------------------------------------------------------------------------------------------------------------------

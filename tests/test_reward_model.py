@@ -408,7 +408,7 @@ def test_train_and_score_commands(tiny, tmp_path, capsys):
         (["label", "--demos", "nowhere"], "no demonstrations at nowhere"),
         (["label", "--demos", "cut.hdf5"], "cut.hdf5"),
         (["score", "--demos", "toy.hdf5"], "one of --rprm and --vlm"),
-        (["score", "--demos", "toy.hdf5", "--rprm", "nowhere"], "rprm.json"),
+        (["score", "--demos", "toy.hdf5", "--rprm", "nowhere"], "no checkpoint at nowhere"),
         (["train", "--demos", "toy.hdf5", "--policy", "./nowhere"], "nowhere"),
         (["label", "--demos", "toy.hdf5", "--window", "-1"], "--window"),
         (["record", "--suite", "libero_moon"], "libero_moon"),
@@ -425,7 +425,7 @@ def test_bad_input_is_one_line(arguments, expected, tmp_path, monkeypatch, capsy
 
 
 def test_reward_model_is_told_from_a_stock_vlm(tmp_path):
-    with pytest.raises(UserError, match="holds no rprm.json"):
+    with pytest.raises(UserError, match="no checkpoint at .*nothing"):
         rm.read_reward_model(str(tmp_path / "nothing"))
     build_tiny(0, words=["red"]).save_pretrained(tmp_path / "policy")
     with pytest.raises(UserError, match="holds no rprm.json"):  # a policy is no reward model
