@@ -76,9 +76,8 @@ class Scene:
                 b = m.body_parentid[b]
             self.owner.append(owner.get(b, ""))
         self.owner = np.array(self.owner)
-        self.free = (
-            not self.sim.env.env.fixtures_dict
-        )  # libero_object's floor: nothing tall stands in the way
+        # libero_object's floor: everything lies square and within the fingers' reach, and nothing tall stands in the way.
+        self.free = "floor" in self.sim.env.env.parsed_problem["problem_name"]
         self.kinds = {name: thing.category_name for name, thing in self.things().items()}
         self.look()
         self.rest_mat = self.eef_mat
