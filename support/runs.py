@@ -99,6 +99,7 @@ class Run:
             self.save()
             if self.ranks.is_main_process:
                 atomic_write(self.out / "config.json", self._config)  # last: with it, a run can be resumed
+        self._stop.begin()  # from here on there is something to go on with
 
     def make_directory(self):
         self.ranks.barrier()  # every rank has seen whether there is a run already
@@ -142,7 +143,6 @@ class Run:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def __enter__(self):
-        self._stop.begin()
         return self
 
     def iterations(self):
@@ -317,8 +317,9 @@ class Run:
             ) from exc
         if kind is KeyboardInterrupt:
             self.ranks.check_others()
-            self.ranks.print0(self._stop.hint, file=sys.stderr)
-            sys.exit(130)
+            if self._stop.begun:
+                self.ranks.print0(self._stop.hint, file=sys.stderr)
+                sys.exit(130)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
