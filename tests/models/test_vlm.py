@@ -212,7 +212,7 @@ def test_stock_vlm_in_the_loop(qwen, tmp_path):
     }
     model.save_pretrained(tmp_path / "policy")
     flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --out {tmp_path / "run"} --num-envs 2
-        --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --final-episodes 0
+        --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --start-episodes 0 --final-episodes 0
         --video-every 0 --prm-mode sum --prm-weight 0.02"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
