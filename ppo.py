@@ -151,6 +151,8 @@ class RolloutBuffer:
         """Write a_t: action_tokens and token_log_probs (N, 7), and V(o_t) (N,)."""
         self.action_tokens[t], self.token_log_probs[t] = action_tokens, token_log_probs
         self.log_probs[t] = action_log_prob(self.token_log_probs[t])
+        bad = (~torch.isfinite(self.log_probs[t])).nonzero()[:, 0]  # such as those of weights that hold NaN
+        check_finite("log-prob", self.log_probs[t], t * self.num_envs + bad)
         self.values[t] = values
 
     def store_final_observations(self, t, environments, frames, images):

@@ -6,11 +6,24 @@ logged at step 0 is the start policy's evaluation; the final evaluation is logge
 
 import json
 import os
+import sys
+import threading
 
 from support.errors import UserError
 from support.files import atomic_write
 
 RUN_ID = "wandb-run-id"  # file in the run directory: a resumed run goes on in the same plots
+
+
+def _error_of_thread(args):
+    """TensorBoard writes in a thread of its own. On a full disk its traceback would stand beside the run's one line."""
+    if issubclass(args.exc_type, OSError):
+        print(f"warning: {args.exc_value}", file=sys.stderr)
+    else:
+        threading.__excepthook__(args)
+
+
+threading.excepthook = _error_of_thread
 
 
 class Tracker:

@@ -92,7 +92,7 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data, capsys)
         (lambda: evaluation.main(cli.parse_args(evaluation.Args, "")), ["--checkpoint", "TEXT"]),
         (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--init", "TEXT"]),
         (lambda: sft.main(cli.parse_args(sft.Args, "")), ["--data", "TEXT"]),
-        (demos.main, ["--suite", "TEXT"]),
+        (lambda: demos.main(cli.parse_args(demos.Args, "")), ["--suite", "TEXT"]),
         (lambda: train.main(cli.parse_args(train.Args, "")), ["--suite", "TEXT"]),
         (lambda: train.main(cli.parse_args(train.Args, "")), ["--resume", "TEXT"]),
     ],
