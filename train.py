@@ -131,9 +131,9 @@ class Args:
     gamma: float = flag(0.99, "discount per decision", min=0, max=1)
     gae_lambda: float = flag(0.95, "GAE's lambda", min=0, max=1)
     advantage_floor: float = flag(
-        0.05,
-        "advantages that deviate less than this (in units of reward) are not scaled up to 1: without any success they are the "
-        "critic's noise",
+        0.01,
+        "no policy step where a rollout's advantages deviate less than this (in units of reward): without any success "
+        "they are the critic's noise",
         min=0,
     )
     entropy_coef: float = flag(0.0, "entropy bonus", min=0)

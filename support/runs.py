@@ -435,8 +435,8 @@ def terminal_line(m, iterations, seconds_left, floor):
         if "losses/policy_loss" not in m
         else f"kl {m['losses/approx_kl']:.3f} clip {100 * m['losses/clipfrac']:2.0f} % ent {m['losses/entropy']:.1f}"
     )
-    if not m["charts/successes"] and m["losses/advantage_std"] < floor:
-        phase += " no reward"  # a policy step this small is meant: see ppo.normalize_advantages
+    if m["losses/advantage_std"] < floor:
+        phase = "no reward: no policy step"
     evaluated = f"  eval {100 * m['eval/success_rate']:.0f} %" if "eval/success_rate" in m else ""
     return (
         f"it {m['iteration']:4d}/{iterations}  {m['charts/decisions']:>9,} decisions  success {success} of "

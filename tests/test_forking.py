@@ -70,7 +70,7 @@ def test_the_diff_applies_and_compiles(tmp_path, title):
 @pytest.mark.slow
 def test_the_loop_runs_on_another_environment_and_resumes_there(tmp_path):
     directory = fork(tmp_path, "Another environment")
-    flags = "--task-ids 0,1,2 --prm-mode none --start-episodes 0 --eval-every 0 --final-episodes 0 --critic-warmup 1"
+    flags = "--task-ids 0,1,2 --prm-mode none --start-episodes 0 --eval-every 0 --final-episodes 0 --critic-warmup 1 --advantage-floor 0"
     train = f"train.py {flags} --num-envs 4 --num-steps 8"
     python(directory, *f"{train} --total-steps 64 --out runs/whole".split())
     python(directory, *f"{train} --total-steps 32 --out runs/parts".split())

@@ -254,24 +254,28 @@ def test_value_clipping_by_hand():
 
 def test_advantages_are_normalised():
     x = torch.randn(6, 4) * 3 + 1
-    whole, deviation = ppo.normalize_advantages(x, floor=0.05)
+    whole, deviation = ppo.normalize_advantages(x)
     assert whole.mean().abs() < 1e-6 and (whole.std(unbiased=False) - 1).abs() < 1e-5
     assert deviation == pytest.approx(float(x.std(unbiased=False)), rel=1e-6)
     assert torch.equal(ppo.normalize_advantages(torch.full((3, 2), 0.7))[0], torch.zeros(3, 2))
 
 
-def test_noise_is_not_scaled_up_to_a_reward():
-    """Without any success what is left is the critic's noise; a single success is more than the floor."""
-    noise = 0.01 * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
-    quiet, deviation = ppo.normalize_advantages(noise, floor=0.05)
-    assert quiet.std() == pytest.approx(0.2, rel=0.1) and deviation == pytest.approx(0.01, rel=0.1)
-    assert ppo.normalize_advantages(noise)[0].std() == pytest.approx(1, rel=0.01)
+def test_noise_moves_no_policy_and_one_success_does():
+    """Without any success what is left is the critic's noise; a single success is far more than the floor."""
     rewards, nothing = torch.zeros(32, 16), torch.zeros(32, 16)
     terminated = torch.zeros(32, 16, dtype=torch.bool)
     rewards[30, 3], terminated[30, 3] = 1, True
     one, _ = ppo.compute_gae(rewards, nothing, nothing, terminated, ~terminated & False, 0.99, 0.95)
-    normalized, deviation = ppo.normalize_advantages(one, floor=0.05)
-    assert deviation > 0.1 and normalized.std(unbiased=False) == pytest.approx(1, rel=1e-5)
+    assert ppo.normalize_advantages(one)[1] > 0.1 > 10 * 0.9 * ppo.PPOConfig().advantage_floor
+    for scale, moves in ((1e-3, False), (1.0, True)):
+        model = TinyActorCritic()
+        buffer = make_rollout(model)
+        buffer.advantages = scale * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        policy, critic = ([p.clone() for p in x()] for x in (model.policy_parameters, model.critic_parameters))
+        metrics = update(model, buffer)
+        assert any(not torch.equal(a, b) for a, b in zip(policy, model.policy_parameters())) == moves
+        assert any(not torch.equal(a, b) for a, b in zip(critic, model.critic_parameters()))
+        assert ("losses/policy_loss" in metrics) == moves and metrics["losses/advantage_std"] > 0
 
 
 def test_explained_variance():
