@@ -172,7 +172,10 @@ def _face_budgets(model, data, image_size):
     for g in np.flatnonzero((model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) & (model.geom_group == VISIBLE)):
         i, distance = model.geom_dataid[g], np.linalg.norm(data.geom_xpos[g] - data.cam_xpos[camera])
         diameter = 2.0 * model.geom_rbound[g] * focal / distance
-        per_pixel = FACES_PER_PIXEL if model.mesh_texcoordadr[i] >= 0 else PLAIN_FACES_PER_PIXEL
+        # The arm's meshes have texture coordinates and a material without texture: only a texture that is drawn counts.
+        material = model.geom_matid[g]
+        textured = material >= 0 and model.mesh_texcoordadr[i] >= 0 and (model.mat_texid[material] >= 0).any()
+        per_pixel = FACES_PER_PIXEL if textured else PLAIN_FACES_PER_PIXEL
         if diameter >= WICKER_PIXELS and "basket_vis" in model.mesh(i).name:
             per_pixel = WICKER_FACES_PER_PIXEL
         budgets[i] = max(budgets[i], MIN_FACES, int(per_pixel * np.pi / 4 * diameter**2))
