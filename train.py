@@ -377,9 +377,8 @@ def load_policy(args, ranks):
     """The frozen OpenVLA, once it is clear that what the run needs will fit into memory."""
     folder = resolve_checkpoint(args.model)
     dtype = choose_dtype(args.dtype, folder, ranks.device)
-    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Needs) if hasattr(args, f.name)}
-    flags |= dict(folder=folder, dtype=dtype, num_envs=args.num_envs // ranks.size)
-    check_memory(Needs(**flags, shards=ranks.size if args.shard else 1), ranks.device)
+    here = dict(num_envs=args.num_envs // ranks.size, shards=ranks.size if args.shard else 1)
+    check_memory(Needs.of_flags(folder, dtype, vars(args), **here), ranks.device)
     policy = OpenVLA.from_pretrained(folder, dtype=dtype, device="cpu" if args.shard else ranks.device)
     policy.gradient_checkpointing = args.gradient_checkpointing
     return policy
@@ -401,7 +400,8 @@ def last_frames(obs, info, environments):
 def fill_defaults(args):
     """Fill the settings that depend on the model's size and on what there is; returns (args, size, reason)."""
     args.task_ids = check_task_ids(args.suite, args.task_ids)
-    args.model, size, reason = choose_model(args.model, args.suite, args.gradient_checkpointing)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args.model, size, reason = choose_model(args.model, args.suite, DEFAULTS["7B"] | given)
     for name, value in DEFAULTS[size].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1,30 +1,16 @@
 """Which policy `train.py` starts from, and which reward model goes with it, where nobody names one."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from models.checkpoints import resolve_checkpoint
+from models.checkpoints import hub_cache, resolve_checkpoint
+from models.memory import Needs
 from support.errors import UserError
 from support.files import read_json
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"  # checkpoints/<suite>/{policy,rprm}
-# Bytes: weights 15.0 GB, their merged copy for rollouts 14.5, adapters with optimiser 3.5, activations of a micro-batch
-# of 8: 30 or, with --gradient-checkpointing, 2 (docs/gpu.md has the sums).
-GPU_MEMORY_7B = {False: 66e9, True: 44e9}
-
-
-def downloaded(repo_id, cache=None):
-    """Are all shards of this repository in the hub's cache (default: its usual place)? An interrupted download is not."""
-    from huggingface_hub import try_to_load_from_cache
-
-    def path(name):  # None or a mark where it is not there
-        found = try_to_load_from_cache(repo_id, name, cache_dir=cache)
-        return found if isinstance(found, str) else None
-
-    index = path("model.safetensors.index.json")
-    shards = read_json(index).get("weight_map") if index else None
-    return isinstance(shards, dict) and len(shards) > 0 and all(path(name) for name in shards.values())
 
 
 def shipped(suite, kind):
@@ -39,8 +25,11 @@ def shipped(suite, kind):
     return str(path)
 
 
-def choose_model(model, suite, gradient_checkpointing):
-    """Resolve `--model` to (path or hub id, "tiny" or "7B", reason)."""
+def choose_model(model, suite, flags):
+    """Resolve `--model` to (path or hub id, "tiny" or "7B", reason).
+
+    flags: {name: value} of the command line with 7B's defaults, for what 7B would need of memory.
+    """
     official = f"openvla/openvla-7b-finetuned-{suite.replace('_', '-')}"
     if model == "openvla-tiny":
         return shipped(suite, "policy"), "tiny", "asked for"
@@ -50,16 +39,14 @@ def choose_model(model, suite, gradient_checkpointing):
         return str(folder or model), "tiny" if small else "7B", "asked for"
     if not torch.cuda.is_available():
         return shipped(suite, "policy"), "tiny", "no GPU"
+    folder = hub_cache(official)
+    if folder is None:
+        return shipped(suite, "policy"), "tiny", f"a GPU, but no weights: `hf download {official}` fetches them"
     memory = torch.cuda.get_device_properties(0).total_memory
-    needed = GPU_MEMORY_7B[gradient_checkpointing]
-    if memory < needed:
-        hint = (
-            ""
-            if gradient_checkpointing
-            else f" ({GPU_MEMORY_7B[True] / 1e9:.0f} with --gradient-checkpointing)"
-        )
-        reason = f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {needed / 1e9:.0f}{hint}"
+    needs = Needs.of_flags(folder, torch.bfloat16, flags)
+    if memory < needs.total("cuda"):
+        less = dataclasses.replace(needs, gradient_checkpointing=True).total("cuda")
+        hint = "" if needs.gradient_checkpointing else f" ({less / 1e9:.0f} with --gradient-checkpointing)"
+        reason = f"the GPU has {memory / 1e9:.0f} GB, OpenVLA-7B needs {needs.total('cuda') / 1e9:.0f}{hint}"
         return shipped(suite, "policy"), "tiny", reason
-    if downloaded(official):
-        return official, "7B", "GPU and weights are there"
-    return shipped(suite, "policy"), "tiny", f"a GPU, but no weights: `hf download {official}` fetches them"
+    return official, "7B", "GPU and weights are there"

@@ -87,6 +87,16 @@ class Needs:
     gradient_checkpointing: bool = False
     shards: int = 1
 
+    @classmethod
+    def of_flags(cls, folder, dtype, flags, **others):
+        """flags: {name: value} of a script's command line, of which those that count are taken."""
+        taken = {f.name: flags[f.name] for f in dataclasses.fields(cls) if f.name in flags}
+        return cls(**(taken | dict(folder=folder, dtype=dtype) | others))
+
+    def total(self, device):
+        """Bytes in all, with a reserve for libraries."""
+        return sum(self.parts(device).values()) + RESERVE
+
     def parts(self, device):
         """{part: bytes} on `device` at the peak of an update, when everything is there at once."""
         table, size = tensor_table(Path(self.folder)), self.dtype.itemsize
@@ -166,23 +176,20 @@ def check_memory(needs, device, free=None):
     """Raise UserError, one line, if `needs` will not fit on `device`: what needs how much, and which flags
     help. free: bytes."""
     free = free_memory(device) if free is None else free
-
-    def total(needs):
-        return sum(needs.parts(device).values()) + RESERVE
-
-    if total(needs) <= free or total(needs) - RESERVE < SMALL:
+    if needs.total(device) <= free or needs.total(device) - RESERVE < SMALL:
         return
     parts = ", ".join(f"{name} {part / 1e9:.1f}" for name, part in needs.parts(device).items() if part > 5e7)
     where = "GPU" if torch.device(device).type == "cuda" else "machine"
-    line = f"{needs.folder} with these flags needs about {total(needs) / 1e9:.0f} GB ({parts}), "
+    line = f"{needs.folder} with these flags needs about {needs.total(device) / 1e9:.0f} GB ({parts}), "
     line += f"and the {where} has {free / 1e9:.0f} free"
     flags, best = [], needs
     for flag, change in REMEDIES:
         if needs.critic is None and flag not in ("--dtype bfloat16", "--num-envs 1"):
             continue
-        if total(changed := dataclasses.replace(best, **change)) < total(best):
+        changed = dataclasses.replace(best, **change)
+        if changed.total(device) < best.total(device):
             flags, best = [*flags, flag], changed
-        if total(best) <= free:
-            raise UserError(f"{line}; {' '.join(flags)} makes it {total(best) / 1e9:.0f}")
-    least = f", and at least {total(best) / 1e9:.0f} with {' '.join(flags)}" if flags else ""
+        if best.total(device) <= free:
+            raise UserError(f"{line}; {' '.join(flags)} makes it {best.total(device) / 1e9:.0f}")
+    least = f", and at least {best.total(device) / 1e9:.0f} with {' '.join(flags)}" if flags else ""
     raise UserError(f"{line}{least}: use --model openvla-tiny, more memory, or --shard on several GPUs")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.choose import downloaded
 from policy import build_tiny
 from support import checkpoints
 
@@ -269,22 +268,6 @@ def test_a_reward_model_of_another_model_is_refused_at_once(models, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "trained from another model" in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
-
-
-def test_a_download_counts_when_all_of_it_is_there(tmp_path):
-    """The hub's cache in its own layout: a commit under refs/, its files under snapshots/."""
-    root = tmp_path / "models--openvla--m"
-    snapshot = root / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("abc")
-    present = {"config.json": "{}", "model.safetensors.index.json": json.dumps({"weight_map": {"x": "a", "y": "b"}}), "a": ""}
-    for name, text in present.items():
-        assert not downloaded("openvla/m", tmp_path)
-        (snapshot / name).write_text(text)
-    assert not downloaded("openvla/m", tmp_path)  # shard b is still missing
-    (snapshot / "b").write_text("")
-    assert downloaded("openvla/m", tmp_path) and not downloaded("openvla/other", tmp_path)
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):

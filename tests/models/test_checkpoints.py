@@ -3,9 +3,11 @@ base."""
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import policy
 from models import merge
 from models.checkpoints import find_statistics, resolve_checkpoint, tensor_table
+from models.choose import choose_model
 from models.memory import Needs, check_memory, choose_dtype
 from policy import ActorCritic, OpenVLA
 from support.errors import UserError
@@ -333,6 +336,38 @@ def test_dtype_of_small_and_large_models(tmp_path, monkeypatch):
     for well, want in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("models.memory.cpu_computes_bfloat16_well", lambda well=well: well)
         assert choose_dtype("auto", large, "cpu") == want
+
+
+def test_auto_takes_7b_where_it_is_downloaded_and_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    name, flags = "openvla/openvla-7b-finetuned-libero-object", dict(num_envs=10, num_steps=128, critic="adapter")
+    flags |= dict(lora_rank=32, micro_batch_size=8, gradient_checkpointing=False)
+    assert choose_model("auto", "libero_object", flags)[1:] == ("tiny", "no GPU")
+    gpu = types.SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    path, size, reason = choose_model("auto", "libero_object", flags)
+    assert size == "tiny" and f"`hf download {name}`" in reason and Path(path).is_dir()
+
+    folder = tmp_path / "cache" / f"models--{name.replace('/', '--')}"  # the hub's layout
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    (folder / "snapshots").mkdir()
+    snapshot = big(tmp_path).rename(folder / "snapshots" / "c0ffee")
+    for memory, extra, what in (
+        (80e9, {}, (name, "7B", "GPU and weights are there")),
+        (40e9, {}, "the GPU has 40 GB, OpenVLA-7B needs [56]. \\(3. with --gradient-checkpointing\\)"),
+        (40e9, dict(gradient_checkpointing=True), (name, "7B", "GPU and weights are there")),
+        (24e9, dict(gradient_checkpointing=True), "the GPU has 24 GB, OpenVLA-7B needs 3.$"),
+    ):
+        gpu.total_memory = memory
+        chosen = choose_model("auto", "libero_object", flags | extra)
+        assert chosen == what if isinstance(what, tuple) else chosen[1] == "tiny" and re.fullmatch(what, chosen[2])
+    # One shard of two is still on its way: not downloaded.
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert choose_model("auto", "libero_object", flags)[1] == "tiny"
 
 
 def test_memory_is_estimated_before_loading(tmp_path):
