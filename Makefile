@@ -28,10 +28,10 @@ bench: libraries ## the benchmarks that README quotes (bench/), for example ARGS
 	@$(PY) -m bench $(ARGS)
 
 test: libraries ## all tests
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-fast: $(READY) ## the tests that need neither the simulator nor patience
-	@$(PY) -m pytest -q -m "not libero and not slow" $(ARGS)
+	@$(PY) -m pytest -q -n 2 --dist worksteal -m "not libero and not slow" $(ARGS)
 
 clean-cache: $(READY) ## delete compiled tasks and simplified meshes (8 MB a task); the next start makes them again
 	@$(PY) -c "import shutil; from support.machine import cache_dir; print(cache_dir()); shutil.rmtree(cache_dir(), ignore_errors=True)"

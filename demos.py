@@ -2,7 +2,9 @@
 
 Imitation needs data, and LIBERO's demonstrations live on a hub. The experts stand in for the human. Noise disturbs what is
 *executed*, so that the data hold recoveries; the label of a row stays the clean command for the state that was reached (DART,
-arXiv 1703.09327). Start states are LIBERO's random placements, never the 50 test states.
+arXiv 1703.09327). Start states are LIBERO's random placements, never the 50 test states. With `--policy` a trained policy acts
+for stretches of an episode and the expert, who still labels every state, for the others (DAgger, arXiv 1011.0686): where that
+policy strays to, the next one has seen what to do.
 
 File layout: LIBERO's own, so that official files and ours are read by the same code, and LIBERO's and robomimic's tools read ours:
 
@@ -15,6 +17,7 @@ File layout: LIBERO's own, so that official files and ours are read by the same 
 One row is one decision; `action_repeat` says how many control steps it lasts (official files: 1).
 
     python demos.py --suite libero_object --num-demos 50 --out data
+    python demos.py --suite libero_object --policy runs/sft --num-demos 50 --out data-of-sft    # where runs/sft strays to
     python demos.py --suite libero_object --check           # success of the undisturbed expert on the test states
 """
 
@@ -28,7 +31,7 @@ class Args:
     suite: str = flag("libero_object", "LIBERO suite, or a LIBERO-PRO variant of one")
     task_ids: list[int] | None = flag(None, "comma-separated task ids", default="all tasks", min=0)
     num_demos: int = flag(60, "successful demonstrations to record per task", min=1)
-    out: str = flag("data", "directory; files go to <out>/<suite>/<task>_demo.hdf5")
+    out: str = flag("data", "directory; files go to <out>/<suite>/<task>_demo.hdf5 (with --policy <task>_policy_demo.hdf5)")
     action_repeat: int = flag(4, "control steps per recorded decision (openvla-tiny acts every 4)", min=1)
     noise: float = flag(
         0.25, "std of the disturbance of executed translation commands; labels stay clean", min=0
@@ -36,6 +39,7 @@ class Args:
     kick: float = flag(
         0.08, "probability per decision of a large random push, a recovery to learn from", min=0, max=1
     )
+    policy: str | None = flag(None, "policy that acts for stretches of each episode, while the expert labels", default="none")
     resolution: int = flag(
         256, "stored image side in pixels (official LIBERO files: 128)", choices=(64, 128, 256)
     )
@@ -67,7 +71,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from support.errors import UserError, main_guard
-from support.files import safe_name
+from support.files import read_json, safe_name
 from support.machine import cores
 from support.pool import run_jobs
 from support.quiet import progress_bar
@@ -76,6 +80,7 @@ from support.statistics import wilson_interval
 CHECKED_STATES = 50  # LIBERO's test states per task; LIBERO-PRO's suites have 10
 OBSERVATIONS = ("agentview_rgb", "ee_pos", "ee_ori", "ee_states", "gripper_states", "joint_states")
 ROUNDING = 1e-4  # a stored command may exceed 1 by so much
+STRETCH = 10  # decisions, the mean, before expert and policy change places (--policy)
 IMAGE_CONVENTIONS = ("opengl", "opencv")
 
 
@@ -293,9 +298,10 @@ def _instruction(data, path, suite):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def demo_path(out, suite, name):
-    """<out>/<suite>/<name>_demo.hdf5; LIBERO's files carry the task's name."""
-    return Path(out) / suite / f"{safe_name(name)}_demo.hdf5"
+def demo_path(out, suite, name, policy=False):
+    """<out>/<suite>/<name>_demo.hdf5; LIBERO's files carry the task's name. With a policy <name>_policy_demo.hdf5, so that both
+    kinds may lie in one directory."""
+    return Path(out) / suite / f"{safe_name(name)}{'_policy' * policy}_demo.hdf5"
 
 
 def task_attributes(sim):
@@ -386,8 +392,11 @@ def merge_parts(parts, path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def record_episode(episode, rng, args, limit):
-    """One disturbed demonstration from a random placement: dict of arrays in LIBERO's layout, and whether it succeeded."""
+def record_episode(episode, rng, args, limit, policy=None):
+    """One disturbed demonstration from a random placement: dict of arrays in LIBERO's layout, and whether it succeeded.
+
+    policy: function from a frame (256, 256, 3) to an action (7,), which acts about half of the time.
+    """
     from experts import Expert, disturb  # late, as all that needs the simulator: readers of files do not
 
     episode.reset(None, rng)
@@ -395,15 +404,17 @@ def record_episode(episode, rng, args, limit):
     stride = episode.sim.resolution // args.resolution
     names = ("actions", "clean_actions", "states", "robot_states", *OBSERVATIONS)
     rows = {name: [] for name in names}
-    success = False
+    success, policy_acts = False, policy is not None and rng.random() < 0.5
     for _ in range(limit // args.action_repeat):
-        command = expert.action()
-        executed = disturb(command, rng, args.noise, args.kick)
+        command, frame = expert.action(), episode.render()
+        if policy and rng.random() < 1 / STRETCH:
+            policy_acts = not policy_acts
+        executed = policy(frame) if policy_acts else disturb(command, rng, args.noise, args.kick)
         p, d = episode.privileged(), episode.data
         rotation = Rotation.from_matrix(p["eef_mat"])
         ori, quat = rotation.as_rotvec(), rotation.as_quat()
-        frame = episode.render()[::-1, ::-1]  # LIBERO's files keep OpenGL's orientation, upside down
-        rows["agentview_rgb"].append(frame[::stride, ::stride])
+        upside_down = frame[::-1, ::-1]  # LIBERO's files keep OpenGL's orientation
+        rows["agentview_rgb"].append(upside_down[::stride, ::stride])
         for key, a in (("clean_actions", command), ("actions", executed)):
             rows[key].append(np.append(a[:6], -1.0 if a[6] > 0.5 else 1.0))
         rows["states"].append(np.concatenate([[d.time], d.qpos, d.qvel]))
@@ -451,6 +462,27 @@ def _task_sim(*key):
     return _SIM[key]
 
 
+_POLICY = {}  # per process: the policy that acts in recordings
+
+
+def _policy_of(args, sentence):
+    """What `record_episode` takes as its policy, sampling at temperature 1; None without --policy."""
+    if args.policy is None:
+        return None
+    import torch
+
+    from eval import act
+    from policy import OpenVLA
+
+    if not _POLICY:
+        torch.set_num_threads(1)
+        _POLICY["model"] = OpenVLA.from_pretrained(args.policy)
+        _POLICY["generator"] = torch.Generator()
+    model, generator = _POLICY["model"], _POLICY["generator"]
+    key = model.unnorm_key_for(args.suite)
+    return lambda frame: np.clip(act(model, key, 1.0, False, frame[None], [sentence], [generator])[0], -1.0, 1.0)
+
+
 def _work(job):
     """Worker: a share of one task's demonstrations (written to a part file) or of its test states."""
     from simulator.suites import max_steps
@@ -463,10 +495,13 @@ def _work(job):
         states = range(share, min(CHECKED_STATES, task.num_init_states), shares)
         return task_id, [check_expert(episode, i, args.action_repeat, limit) for i in states]
     rng = np.random.default_rng([args.seed, task_id, share])
+    policy = _policy_of(args, task.instruction)
+    if policy:
+        _POLICY["generator"].manual_seed(int(rng.integers(2**32)))
     demos, attempts = [], 0
     quota = len(range(share, args.num_demos, shares))
     while len(demos) < quota:
-        arrays, success = record_episode(episode, rng, args, limit)
+        arrays, success = record_episode(episode, rng, args, limit, policy)
         attempts += 1
         if success:
             demos.append(arrays)
@@ -474,7 +509,7 @@ def _work(job):
             raise UserError(
                 f"the expert fails on {args.suite} task {task_id} ({task.instruction}): {len(demos)} of {attempts} attempts succeeded"
             )
-    part = demo_path(args.out, args.suite, task.name).with_suffix(f".part{share}")
+    part = demo_path(args.out, args.suite, task.name, policy is not None).with_suffix(f".part{share}")
     write_demos(part, demos, args.action_repeat, task.instruction, **task_attributes(task))
     return task_id, (str(part), attempts, task.name)
 
@@ -497,6 +532,13 @@ def main(args):
         task_ids = covered
     if not args.check:
         args.render = args.render or default_render()
+        if args.policy:
+            from models.checkpoints import resolve_checkpoint
+
+            args.policy = str(resolve_checkpoint(args.policy))
+            repeat = read_json(Path(args.policy) / "config.json").get("action_repeat", 1)
+            if repeat != args.action_repeat:
+                raise UserError(f"{args.policy} acts every {repeat} control steps: give --action-repeat {repeat}")
         try:
             (Path(args.out) / args.suite).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -522,7 +564,7 @@ def main(args):
         else:
             parts = sorted(r[0] for r in results[task_id])
             attempts = sum(r[1] for r in results[task_id])
-            path = demo_path(args.out, args.suite, results[task_id][0][2])
+            path = demo_path(args.out, args.suite, results[task_id][0][2], args.policy is not None)
             merge_parts(parts, path)
             tqdm.write(f"task {task_id}: {args.num_demos} demonstrations of {attempts} attempts -> {path}")
     bar.close()

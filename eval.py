@@ -115,11 +115,11 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
         bar = progress_bar(total=len(kept) + len(queue), initial=len(kept), desc=f"evaluating {suite}", unit="episode",
                            disable=not progress, leave=False)  # fmt: skip
         unnorm_key = model.unnorm_key_for(suite, unnorm_key)
-        act = functools.partial(_act, model, unnorm_key, temperature, whole_vocabulary)
+        choose = functools.partial(act, model, unnorm_key, temperature, whole_vocabulary)
         # A forward pass of a sharded model needs all ranks: those that have played their share go on until all have.
         any_busy = ranks.any if model.needs_all_ranks else bool
         with ready as envs, bar, explain_out_of_memory("lower --num-envs"):
-            for episode, frames in _play(envs, queue, act, seed, video, on_step, any_busy):
+            for episode, frames in _play(envs, queue, choose, seed, video, on_step, any_busy):
                 result.episodes.append(episode)
                 bar.update(1)
                 bar.set_postfix_str(f"success {100 * result.success_rate:.1f} %")
@@ -155,7 +155,7 @@ def _borrowed(envs, suite, action_repeat):
             envs.set_state(state)
 
 
-def _act(model, unnorm_key, temperature, whole_vocabulary, frames, sentences, generators):
+def act(model, unnorm_key, temperature, whole_vocabulary, frames, sentences, generators):
     """frames (B, 256, 256, 3) uint8, B sentences, B generators -> actions (B, 7) float64."""
     input_ids, attention_mask = model.tokenize(sentences)  # (B, L)
     out = model.generate_actions(
@@ -165,7 +165,7 @@ def _act(model, unnorm_key, temperature, whole_vocabulary, frames, sentences, ge
     return model.decode_actions(out.tokens, unnorm_key)
 
 
-def _play(envs, queue, act, seed, video, on_step, any_busy):
+def _play(envs, queue, choose, seed, video, on_step, any_busy):
     """Play every (task, initial state) of `queue`; yield (episode, its frames if it is to be filmed) as each one ends."""
     n, nothing = envs.num_envs, (None, None)
     playing = [queue.popleft() if queue else nothing for _ in range(n)]  # of each environment
@@ -183,7 +183,7 @@ def _play(envs, queue, act, seed, video, on_step, any_busy):
         # (B,). Where nothing is to be decided, a sharded model may still need this rank's part of a forward pass.
         rows = active if len(active) else np.array([0])
         sentences, generators = [obs["instruction"][i] for i in rows], [samplers[i] for i in rows]
-        actions[rows] = act(obs["agentview"][rows], sentences, generators)
+        actions[rows] = choose(obs["agentview"][rows], sentences, generators)
 
         # Whoever ends in this step needs its next episode now. Offer the head of the queue to idle environments first (they
         # begin at once), then to the others; offers that nobody takes up stay in the queue.

@@ -183,7 +183,7 @@ class Args:
         min=0,
     )
     eval_episodes: int = flag(100, "episodes per evaluation during training, spread over the tasks", min=1)
-    final_episodes: int = flag(500, "episodes of the final comparison of start and trained policy", min=0)
+    final_episodes: int = flag(200, "episodes of the final comparison of start and trained policy", min=0)
     video_every: int = flag(20, "iterations between rollout videos; 0 = none", min=0)
     track: bool = flag(False, "also log to Weights & Biases (pip install wandb)")
     keep: int = flag(2, "checkpoints kept besides the best", min=1)

@@ -39,7 +39,8 @@ for mode in $MODES; do
     if [ -e "$run/config.json" ]; then
       $PY train.py --resume "$run"
     else
-      $PY train.py --suite "$SUITE" --model "$policy" --reward-model "$rprm" --prm-mode "$mode" --seed "$seed" --out "$run"
+      $PY train.py --suite "$SUITE" --model "$policy" --reward-model "$rprm" --prm-mode "$mode" --seed "$seed" \
+        --final-episodes 500 --out "$run"
     fi
   done
 done

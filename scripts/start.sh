@@ -16,6 +16,8 @@ policy=$DIRECTORY/policy rprm=$DIRECTORY/rprm
 
 DEMOS=${DEMOS:-60}       # demonstrations per task
 SFT=${SFT:-}             # flags of sft.py, such as "--steps 14000"
+STRAYED=${STRAYED:-0}    # more of them per task in which the imitation policy acts half of the time (DAgger); it learns on from both
+SFT2=${SFT2:-}           # flags of that second training
 ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
 
 has() { [ -e "$1" ] && echo "have $1"; }
@@ -28,12 +30,28 @@ has "$WORK/data/$SUITE" || {
   mv "$WORK/data.part/$SUITE" "$WORK/data/$SUITE"
 }
 
-# 2. Imitation. While training.pt is there, the training is not done.
-if [ -e "$policy/training.pt" ]; then
-  $PY sft.py --resume "$policy"
+# imitate OUT FLAGS: one training of sft.py. While training.pt is there, it is not done.
+imitate() {
+  if [ -e "$1/training.pt" ]; then
+    $PY sft.py --resume "$1"
+  else
+    has "$1/config.json" || $PY sft.py --suite "$SUITE" --out "$@"
+  fi
+}
+
+# 2. Imitation. With STRAYED a first policy shows where it strays to, and a second one learns on from both kinds.
+# shellcheck disable=SC2086  # SFT and SFT2 hold several flags
+if [ "$STRAYED" = 0 ]; then
+  imitate "$policy" --data "$WORK/data" $SFT
 else
-  # shellcheck disable=SC2086  # SFT holds several flags
-  has "$policy/config.json" || $PY sft.py --suite "$SUITE" --data "$WORK/data" --out "$policy" $SFT
+  imitate "$WORK/first" --data "$WORK/data" $SFT
+  has "$WORK/both/$SUITE" || {
+    $PY demos.py --suite "$SUITE" --num-demos "$STRAYED" --policy "$WORK/first" --seed 1 --out "$WORK/both.part"
+    ln -s "$(realpath "$WORK/data/$SUITE")"/*.hdf5 "$WORK/both.part/$SUITE"
+    mkdir -p "$WORK/both"
+    mv "$WORK/both.part/$SUITE" "$WORK/both/$SUITE"
+  }
+  imitate "$policy" --data "$WORK/both" --init "$WORK/first" $SFT2
 fi
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.

@@ -255,6 +255,8 @@ def test_missing_demonstrations_name_the_command(tmp_path):
         (["--task-ids", "77"], "task id 77"),
         (["--num-demos", "0"], "--num-demos"),
         (["--resolution", "100"], "--resolution"),
+        (["--policy", "/nowhere"], "no checkpoint at /nowhere"),
+        (["--policy", "checkpoints/libero_object/policy", "--action-repeat", "1"], "give --action-repeat 4"),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, flags, what):
@@ -270,16 +272,21 @@ def test_bad_flags_are_one_line(tmp_path, flags, what):
 
 @pytest.mark.libero
 @pytest.mark.slow
-def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path):
-    """`actions` (what stock tools replay) lead from init_state through the file's states to success."""
+@pytest.mark.parametrize("policy", [None, np.array([0.4, -0.2, 0.3, 0, 0, 0, 1])], ids=["expert", "policy"])
+def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path, policy):
+    """`actions` (what stock tools replay) lead from init_state through the file's states to success, whoever acted."""
     from simulator.task import TaskSim
 
     task = TaskSim("libero_object", 8, render="light")
     episode = task.episode()
     arrays, success = demos.record_episode(
-        episode, np.random.default_rng(5), demos.Args(noise=0.2, kick=0.05), 280
+        episode, np.random.default_rng(5), demos.Args(noise=0.2, kick=0.05), 280, None if policy is None else lambda frame: policy
     )
     T = len(arrays["actions"])
+    if policy is not None:  # it acted for stretches; the labels are the expert's all the same
+        acted = (arrays["actions"][:, :6] == policy[:6]).all(1)
+        assert 0.2 < acted.mean() < 0.8 and np.abs(np.diff(acted)).sum() < 0.5 * T
+        assert not (arrays["clean_actions"][:, :6] == policy[:6]).all(1).any()
     assert (
         success and arrays["agentview_rgb"].shape == (T, 256, 256, 3) and arrays["agentview_rgb"].std() > 10
     )
