@@ -584,7 +584,6 @@ def test_bad_assignments(one):
         dict(seed=-1),
         dict(task_ids=[0], curriculum=Curriculum([0, 1])),
     ],
-    ids=str,
 )
 def test_bad_settings_are_one_line(arguments):
     with pytest.raises(UserError) as error:

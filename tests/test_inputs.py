@@ -96,7 +96,6 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data, capsys)
         (lambda: train.main(cli.parse_args(train.Args, "")), ["--suite", "TEXT"]),
         (lambda: train.main(cli.parse_args(train.Args, "")), ["--resume", "TEXT"]),
     ],
-    ids=str,
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.one_of(TEXT.map(lambda x: "no/such/" + x), st.sampled_from(["", ".", "/dev/null", "/", "\udcff", "x" * 300])))
