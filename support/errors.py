@@ -24,6 +24,11 @@ _MACHINE_ERRORS = {
 _MACHINE_ERRORS |= {errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
+def _say(line):
+    """In one write: `print` makes two, and another thread's line may come between."""
+    sys.stderr.write(line + "\n")
+
+
 def _one_line(text):
     """One line that any terminal can print: bytes of a flag that are no UTF-8 arrive here as lone surrogates."""
     return " ".join(str(text).split()).encode("utf-8", "backslashreplace").decode()
@@ -31,9 +36,9 @@ def _one_line(text):
 
 def _show_uncaught(kind, exc, traceback):
     if issubclass(kind, UserError):
-        print(f"error: {_one_line(exc)}", file=sys.stderr)
+        _say(f"error: {_one_line(exc)}")
     elif issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
     else:
         sys.__excepthook__(kind, exc, traceback)
 
@@ -56,10 +61,10 @@ def main_guard(main):
         try:
             return main(*args, **kwargs)
         except UserError as exc:
-            print(f"error: {_one_line(exc)}", file=sys.stderr)
+            _say(f"error: {_one_line(exc)}")
             sys.exit(1)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            _say("interrupted")
             sys.exit(130)
         except BrokenPipeError:
             # `python eval.py … | head`: the reader has what it wanted. Python flushes stdout once more at exit; give
@@ -70,7 +75,7 @@ def main_guard(main):
             if exc.errno not in _MACHINE_ERRORS:
                 raise
             where = f": {exc.filename}" if exc.filename else ""
-            print(f"error: {exc.strerror}{where}", file=sys.stderr)
+            _say(f"error: {exc.strerror}{where}")
             sys.exit(1)
 
     return guarded

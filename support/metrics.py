@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy.stats import kendalltau, rankdata, spearmanr
 
 
 def auroc(scores, labels):
@@ -12,6 +11,8 @@ def auroc(scores, labels):
     n1, n0 = int(labels.sum()), int((~labels).sum())
     if not n1 or not n0:
         return math.nan
+    from scipy.stats import rankdata  # late, as below: it takes more than half a second to import
+
     return float((rankdata(scores)[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
@@ -78,6 +79,8 @@ def spearman(x, y):
     """Rank correlation; NaN where one side is constant (nothing to rank)."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
+    from scipy.stats import spearmanr
+
     return float(spearmanr(x, y).statistic)
 
 
@@ -85,6 +88,8 @@ def kendall(x, y):
     """Kendall's tau: (pairs in the same order - pairs in opposite order) / pairs, ties aside; NaN where nothing is ordered."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
+    from scipy.stats import kendalltau
+
     return float(kendalltau(x, y).statistic)
 
 

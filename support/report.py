@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from support.cli import flag, parse_command
 from support.errors import UserError, main_guard
@@ -30,6 +29,12 @@ from support.statistics import difference_interval, wilson_interval
 # --------------------------------------------------------------------------------------------------------------------
 # A run's files
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _figure(**settings):
+    from matplotlib.figure import Figure  # late: it takes half a second to import
+
+    return Figure(**settings)
 
 
 def read_run(directory):
@@ -127,7 +132,7 @@ def plot_curve(lines, path, title, results=()):
 
     lines: of metrics.jsonl, as dicts. results: results.json, if the run has one.
     """
-    figure = Figure(figsize=(7, 4), dpi=130, layout="tight")
+    figure = _figure(figsize=(7, 4), dpi=130, layout="tight")
     ax = figure.subplots()
     _draw_curve(ax, lines, evaluation_points(lines, dict(results)))
     ax.set_title(title, parse_math=False)
@@ -158,7 +163,7 @@ def compare(runs, path):
         if not points:
             raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
         groups.setdefault(config["prm_mode"], []).append((config["seed"], points))
-    figure = Figure(figsize=(7, 4), dpi=130, layout="tight")
+    figure = _figure(figsize=(7, 4), dpi=130, layout="tight")
     ax = figure.subplots()
     for colour, (mode, members) in enumerate(groups.items()):
         style = dict(color=f"C{colour}")
@@ -391,7 +396,7 @@ def _number(value):
 
 def _chart(draw, caption, size=(3.6, 2.3)):
     """Figure as an image inside the page; draw(ax) draws it."""
-    figure = Figure(figsize=size, layout="tight")
+    figure = _figure(figsize=size, layout="tight")
     draw(figure.subplots())
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})

@@ -2,8 +2,6 @@
 
 import math
 
-from scipy.stats import binomtest
-
 
 def wilson_interval(successes, n, confidence=0.95):
     """Wilson score interval of a success rate: (low, high), both in [0, 1]. With n = 0 nothing is known: (0, 1).
@@ -13,6 +11,8 @@ def wilson_interval(successes, n, confidence=0.95):
     """
     if n == 0:
         return 0.0, 1.0
+    from scipy.stats import binomtest  # late: it takes more than half a second to import
+
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 

@@ -18,7 +18,7 @@ RUN_ID = "wandb-run-id"  # file in the run directory: a resumed run goes on in t
 def _error_of_thread(args):
     """TensorBoard writes in a thread of its own. On a full disk its traceback would stand beside the run's one line."""
     if issubclass(args.exc_type, OSError):
-        print(f"warning: {args.exc_value}", file=sys.stderr)
+        sys.stderr.write(f"warning: {args.exc_value}\n")  # one write: another thread's line may follow
     else:
         threading.__excepthook__(args)
 

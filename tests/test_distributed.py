@@ -326,7 +326,7 @@ def _same(ours, theirs):
 @pytest.mark.slow
 def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_path):  # noqa: F811
     out = tmp_path / "run"
-    flags = ("--total-steps", "12", "--keep", "3", "--max-episode-steps", "8", "--critic-warmup", "0", "--final-episodes", "3",
+    flags = ("--total-steps", "12", "--keep", "3", "--max-episode-steps", "8", "--critic-warmup", "0", "--final-episodes", "2",
              "--worker-timeout", "600")
     stdout, stderr = finish(start([*LAUNCH, *_command(models, out, *flags)[1:]]))
     two = _metrics(out)
@@ -335,7 +335,7 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
     assert [m["charts/decisions"] for m in two] == [6, 12]
     assert [m["charts/episodes"] for m in two] == [2, 4]  # three decisions each, two to an episode
     for row in results.values():  # each test state once, though neither rank played all
-        assert [(e["task_id"], e["init_state"]) for e in row["episodes"]] == [(0, 0), (0, 1), (0, 2)]
+        assert [(e["task_id"], e["init_state"]) for e in row["episodes"]] == [(0, 0), (0, 1)]
     assert "Traceback" not in stderr.split("torch.distributed")[0]
 
     _, one = _again(out, [sys.executable, "train.py", "--resume", str(out)])  # 2 ranks -> 1
