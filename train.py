@@ -178,7 +178,7 @@ class Args:
         "eval_temperature", "of sampling in evaluations; 0 = greedy", min=0
     )
     start_episodes: int = flag(
-        50,
+        40,
         "episodes of the evaluation before training, spread over the tasks; 0 = none (fewer: the first update comes sooner)",
         min=0,
     )
