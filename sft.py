@@ -7,7 +7,9 @@ around that loss:
 * Statistics. The 1st and 99th percentile of every action dimension bound what is mapped to [-1, 1] and put into 256 bins.
   They are saved with the weights, one entry per data set, because decoding needs the same numbers.
 * Soft targets. Neighbouring bins mean nearly the same motion. The tiny model, which starts from random weights, is told so:
-  the target of a continuous dimension is a narrow Gaussian over bins (`--label-sigma`); 0 is plain cross entropy.
+  the target of a translation is a narrow Gaussian over bins (`--label-sigma`); 0 is plain cross entropy. Rotations keep one-hot
+  targets: nearly all are close to zero, a few turns set their range, and where zero lies at its end a Gaussian that is cut off
+  there leans inwards. Sampled at each decision, that turned the hand by 90 degrees in a few seconds.
 * Augmentation, as in official training: a random crop of 90 % of the area, and colour jitter.
 * An average. The saved weights are an exponential moving average over the steps, which acts better in closed loop.
 
@@ -54,7 +56,7 @@ class Args:
     warmup: int = flag(200, "steps of linear learning-rate warm-up", min=1)
     weight_decay: float = flag(0.05, "AdamW weight decay of the matrices", min=0)
     label_sigma: float = flag(
-        8.0, "width, in bins, of soft targets of continuous dimensions; 0 = one-hot", min=0
+        8.0, "width, in bins, of soft targets of translations; 0 = one-hot", min=0
     )
     jitter: float = flag(0.2, "colour jitter; 1 = OpenVLA's training recipe", min=0)
     ema: float = flag(0.998, "decay per step of the averaged weights that are saved", max=1)
@@ -181,8 +183,8 @@ class Dataset:
         return (~held[self.demo]).nonzero()[:, 0], held[self.demo].nonzero()[:, 0]
 
     def tokenize(self, model):
-        """Targets of every frame: tokens (F, 7), and where they may be soft (F, 7) bool: dimensions that move, not the
-        gripper. Each data set by its own statistics, which the model keeps."""
+        """Targets of every frame: tokens (F, 7), and where they may be soft (F, 7) bool: translations that vary. Each data
+        set by its own statistics, which the model keeps."""
         tokens = torch.empty(self.actions.shape, dtype=torch.long)
         soft = torch.zeros(self.actions.shape, dtype=torch.bool)
         for k, suite in enumerate(self.suites):
@@ -190,7 +192,7 @@ class Dataset:
             actions = self.actions[rows.numpy()]
             model.norm_stats[suite] = dataset_statistics(actions, len(self.demo[rows].unique()))
             tokens[rows] = torch.from_numpy(np.asarray(model.encode_actions(actions, suite)))
-            soft[rows, :6] = torch.from_numpy(np.ptp(actions, axis=0) > 1e-6)[:6]
+            soft[rows, :3] = torch.from_numpy(np.ptp(actions, axis=0) > 1e-6)[:3]
         return tokens, soft
 
 
@@ -203,7 +205,7 @@ def action_loss(logits, bins, sigma, soft):
     """Cross entropy of the action tokens, with Gaussian targets over neighbouring bins where that makes sense.
 
     logits (B, 7, 256) float32; bins (B, 7) int64, the demonstrated bin; sigma: width in bins (0 = one-hot);
-    soft (B, 7) or (7,) bool: continuous dimensions with a range. Returns (B, 7) nats.
+    soft (B, 7) or (7,) bool: where targets are soft. Returns (B, 7) nats.
     """
     log_p = logits.log_softmax(-1)
     hard = -log_p.gather(-1, bins[..., None])[..., 0]

@@ -236,7 +236,7 @@ def test_statistics_per_data_set(inputs, tmp_path):
         2 * model.norm_stats["two"]["action"]["q99"][0]
     )
     assert torch.equal(tokens[:21], tokens[21:]) and data.instructions == ["push"]
-    assert soft[:, :6].all() and not soft[:, 6].any()
+    assert soft[:, :3].all() and not soft[:, 3:].any()
 
 
 @pytest.mark.libero
