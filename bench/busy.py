@@ -38,7 +38,7 @@ class Args:
     task_id: int = flag(0, "task of that suite", min=0)
     num_envs: int = flag(16, "environments", min=1, max=1000)
     decisions: int = flag(
-        50, "decisions of all environments measured alone, and as many beside the competitor", min=2
+        20, "decisions of all environments measured alone, and as many beside the competitor", min=2
     )
     starts: int = flag(3, "processes of each setting", min=1)
     iterations: int = flag(
