@@ -465,7 +465,7 @@ def _task_sim(*key):
 _POLICY = {}  # per process: the policy that acts in recordings
 
 
-def _policy_of(args, sentence):
+def _policy_of(args, sentence, rng):
     """What `record_episode` takes as its policy, sampling at temperature 1; None without --policy."""
     if args.policy is None:
         return None
@@ -477,8 +477,7 @@ def _policy_of(args, sentence):
     if not _POLICY:
         torch.set_num_threads(1)
         _POLICY["model"] = OpenVLA.from_pretrained(args.policy)
-        _POLICY["generator"] = torch.Generator()
-    model, generator = _POLICY["model"], _POLICY["generator"]
+    model, generator = _POLICY["model"], torch.Generator().manual_seed(int(rng.integers(2**32)))
     key = model.unnorm_key_for(args.suite)
     return lambda frame: np.clip(act(model, key, 1.0, False, frame[None], [sentence], [generator])[0], -1.0, 1.0)
 
@@ -495,9 +494,7 @@ def _work(job):
         states = range(share, min(CHECKED_STATES, task.num_init_states), shares)
         return task_id, [check_expert(episode, i, args.action_repeat, limit) for i in states]
     rng = np.random.default_rng([args.seed, task_id, share])
-    policy = _policy_of(args, task.instruction)
-    if policy:
-        _POLICY["generator"].manual_seed(int(rng.integers(2**32)))
+    policy = _policy_of(args, task.instruction, rng)
     demos, attempts = [], 0
     quota = len(range(share, args.num_demos, shares))
     while len(demos) < quota:
@@ -520,6 +517,8 @@ def main(args):
     from simulator.render import default_render
     from simulator.suites import check_task_ids, instructions
 
+    if args.check and args.policy:
+        raise UserError("--check plays the expert alone: leave --policy out, or evaluate the policy with eval.py")
     task_ids = check_task_ids(args.suite, args.task_ids)
     covered, missing = covered_tasks(args.suite, task_ids)
     if missing:

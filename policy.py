@@ -145,8 +145,8 @@ class OpenVLA(nn.Module):
         self.language_model = nn.Module()
         self.language_model.model = nn.Module()
         # (Not nn.Embedding itself: it draws normal numbers, and on device "meta" that imports torch's compiler, a second.)
-        embedding = torch.empty(text["vocab_size"], width)
-        self.language_model.model.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        embeddings = nn.Embedding.from_pretrained(torch.empty(text["vocab_size"], width), freeze=False)
+        self.language_model.model.embed_tokens = embeddings
         layers = [LlamaLayer(text) for _ in range(text["num_hidden_layers"])]
         self.language_model.model.layers = nn.ModuleList(layers)
         self.language_model.model.norm = nn.RMSNorm(width, text["rms_norm_eps"])

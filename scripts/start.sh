@@ -47,7 +47,7 @@ else
   imitate "$WORK/first" --data "$WORK/data" $SFT
   has "$WORK/both/$SUITE" || {
     $PY demos.py --suite "$SUITE" --num-demos "$STRAYED" --policy "$WORK/first" --seed 1 --out "$WORK/both.part"
-    ln -s "$(realpath "$WORK/data/$SUITE")"/*.hdf5 "$WORK/both.part/$SUITE"
+    ln -sf "$(realpath "$WORK/data/$SUITE")"/*.hdf5 "$WORK/both.part/$SUITE"
     mkdir -p "$WORK/both"
     mv "$WORK/both.part/$SUITE" "$WORK/both/$SUITE"
   }

@@ -256,6 +256,7 @@ def test_missing_demonstrations_name_the_command(tmp_path):
         (["--num-demos", "0"], "--num-demos"),
         (["--resolution", "100"], "--resolution"),
         (["--policy", "/nowhere"], "no checkpoint at /nowhere"),
+        (["--policy", "checkpoints/libero_object/policy", "--check"], "leave --policy out"),
         (["--policy", "checkpoints/libero_object/policy", "--action-repeat", "1"], "give --action-repeat 4"),
     ],
 )
@@ -322,6 +323,17 @@ def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path, policy)
             done = done or episode.step(action)
     assert done
     task.close()
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_the_shipped_policy_acts_in_recordings(tmp_path):
+    command = [sys.executable, "demos.py", "--policy", "checkpoints/libero_object/policy", "--task-ids", "9", "--num-demos", "1"]
+    subprocess.run([*command, "--seed", "3", "--out", str(tmp_path)], cwd=ROOT, check=True)
+    (file,) = demos.demo_files(tmp_path / "libero_object", action_repeat=4)
+    assert file.name.endswith("_policy_demo.hdf5")
+    (demo,) = demos.read_demos(file, suite="libero_object")
+    assert demo["disturbed"] and np.abs(demo["executed"] - demo["actions"]).max() > 0.1
 
 
 def _double(job):
