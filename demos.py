@@ -31,7 +31,10 @@ class Args:
     suite: str = flag("libero_object", "LIBERO suite, or a LIBERO-PRO variant of one")
     task_ids: list[int] | None = flag(None, "comma-separated task ids", default="all tasks", min=0)
     num_demos: int = flag(60, "successful demonstrations to record per task", min=1)
-    out: str = flag("data", "directory; files go to <out>/<suite>/<task>_demo.hdf5 (with --policy <task>_policy_demo.hdf5)")
+    out: str = flag(
+        "data",
+        "directory; files go to <out>/<suite>/<task>_demo.hdf5 (with --policy <task>_policy_demo.hdf5)",
+    )
     action_repeat: int = flag(4, "control steps per recorded decision (openvla-tiny acts every 4)", min=1)
     noise: float = flag(
         0.25, "std of the disturbance of executed translation commands; labels stay clean", min=0
@@ -39,7 +42,9 @@ class Args:
     kick: float = flag(
         0.08, "probability per decision of a large random push, a recovery to learn from", min=0, max=1
     )
-    policy: str | None = flag(None, "policy that acts for stretches of each episode, while the expert labels", default="none")
+    policy: str | None = flag(
+        None, "policy that acts for stretches of each episode, while the expert labels", default="none"
+    )
     resolution: int = flag(
         256, "stored image side in pixels (official LIBERO files: 128)", choices=(64, 128, 256)
     )
@@ -479,7 +484,9 @@ def _policy_of(args, sentence, rng):
         _POLICY["model"] = OpenVLA.from_pretrained(args.policy)
     model, generator = _POLICY["model"], torch.Generator().manual_seed(int(rng.integers(2**32)))
     key = model.unnorm_key_for(args.suite)
-    return lambda frame: np.clip(act(model, key, 1.0, False, frame[None], [sentence], [generator])[0], -1.0, 1.0)
+    return lambda frame: np.clip(
+        act(model, key, 1.0, False, frame[None], [sentence], [generator])[0], -1.0, 1.0
+    )
 
 
 def _work(job):
@@ -518,7 +525,9 @@ def main(args):
     from simulator.suites import check_task_ids, instructions
 
     if args.check and args.policy:
-        raise UserError("--check plays the expert alone: leave --policy out, or evaluate the policy with eval.py")
+        raise UserError(
+            "--check plays the expert alone: leave --policy out, or evaluate the policy with eval.py"
+        )
     task_ids = check_task_ids(args.suite, args.task_ids)
     covered, missing = covered_tasks(args.suite, task_ids)
     if missing:
@@ -537,7 +546,9 @@ def main(args):
             args.policy = str(resolve_checkpoint(args.policy))
             repeat = read_json(Path(args.policy) / "config.json").get("action_repeat", 1)
             if repeat != args.action_repeat:
-                raise UserError(f"{args.policy} acts every {repeat} control steps: give --action-repeat {repeat}")
+                raise UserError(
+                    f"{args.policy} acts every {repeat} control steps: give --action-repeat {repeat}"
+                )
         try:
             (Path(args.out) / args.suite).mkdir(parents=True, exist_ok=True)
         except OSError as exc:

@@ -32,7 +32,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from simulator.pool import WorkerPool
-from simulator.shared import FRAME, NEW, NO_TASK, RANDOM_PLACEMENT, RANDOM_PROTOCOL_STATE
+from simulator.shared import FRAME, FRESH, NEW, NO_TASK, RANDOM_PLACEMENT, RANDOM_PROTOCOL_STATE
 from simulator.states import current_names, merge_states, pack_settings, split_state
 from simulator.suites import check_task_ids, instructions, num_init_states
 from simulator.suites import max_steps as protocol_steps
@@ -263,14 +263,15 @@ class LiberoVecEnv(VectorEnv):
     def assign(self, i, task_id, init_state=None):
         """Choose the next episode of environment i, once; after that the curriculum chooses again.
 
-        init_state: number of a protocol state, or None for a random placement. task_id None: the environment becomes idle
-        when its episode ends, until `assign` or `reset`. An idle environment begins an assignment with the next step.
+        init_state: number of a protocol state; FRESH + k for random placement k of the task, the same in every environment;
+        None for any random placement. task_id None: the environment becomes idle when its episode ends, until `assign` or
+        `reset`. An idle environment begins an assignment with the next step.
         """
         self._check_ready("assign")
         if task_id is not None and task_id not in self.task_ids:
             raise UserError(f"task {task_id} is not among the tasks of these environments: {self.task_ids}")
         n = self._num_init_states(task_id) if task_id is not None else 0
-        if init_state is not None and not 0 <= init_state < n:
+        if init_state is not None and not (0 <= init_state < n or init_state >= FRESH):
             raise UserError(
                 f"{self.suite} task {task_id} has {n} initial states, from 0 on; {init_state} is none of them"
             )

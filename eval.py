@@ -30,6 +30,7 @@ class Args:
     task_ids: list[int] | None = flag(None, "tasks, as in 0,1,2", default="all of the suite", min=0)
     episodes_per_task: int = flag(NUM_INIT_STATES, "initial states 0 to N-1 of each task, as far as it has them", min=1,
                                   max=NUM_INIT_STATES)
+    fresh: bool = flag(False, "play as many random placements, the same for every policy, in place of the suite's initial states")
     unnorm_key: str | None = flag(None, "which action statistics of the checkpoint to use",
                                   default="those of the suite, else of the suite that it is a variant of")
     num_envs: int = flag(8, "episodes that run at the same time", min=1)
@@ -67,6 +68,7 @@ from models.memory import Needs, check_memory, choose_dtype
 from policy import OpenVLA
 from simulator.devices import share_of_machine
 from simulator.render import default_render
+from simulator.shared import FRESH
 from simulator.suites import check_task_ids, instructions, max_steps, num_init_states
 from support import distributed
 from support.episodes import EpisodeLog, EvalResult, write_episode_film
@@ -77,11 +79,14 @@ from support.quiet import progress_bar
 MAX_LOST = 3  # so often an episode is played again after its simulator died with it
 
 
-def protocol_episodes(suite, task_ids=None, episodes_per_task=NUM_INIT_STATES):
-    """[(task, initial state)]: the first `episodes_per_task` of every task, as far as it has them. UserError if there are none."""
+def protocol_episodes(suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, fresh=False):
+    """[(task, initial state)]: the first `episodes_per_task` of every task, as far as it has them. UserError if there are none.
+    fresh: as many random placements of every task, numbered from FRESH on."""
     if not 1 <= episodes_per_task <= NUM_INIT_STATES:
         raise UserError(f"episodes per task must be 1 to {NUM_INIT_STATES}, not {episodes_per_task}")
     tasks = [int(t) for t in check_task_ids(suite, task_ids)]
+    if fresh:
+        return [(t, FRESH + i) for t in tasks for i in range(episodes_per_task)]
     episodes = [(t, i) for t in tasks for i in range(min(episodes_per_task, num_init_states(suite, t)))]
     if not episodes:
         raise UserError(f"{suite} has no initial states of task {', '.join(map(str, tasks))}")
@@ -90,17 +95,17 @@ def protocol_episodes(suite, task_ids=None, episodes_per_task=NUM_INIT_STATES):
 
 def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=0.0, whole_vocabulary=False,
              seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None, video=0, video_dir=None,
-             progress=True, ranks=None, unnorm_key=None):  # fmt: skip
+             progress=True, ranks=None, unnorm_key=None, fresh=False):  # fmt: skip
     """Play the `protocol_episodes`. Returns EvalResult.
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
     afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier call to
     keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first so many
     initial states. ranks: each plays its share, in num_envs / size environments of its own, and returns everybody's episodes.
-    unnorm_key: of the action statistics (default: by the suite).
+    unnorm_key: of the action statistics (default: by the suite). fresh: random placements in place of the initial states.
     """
     ranks = ranks or distributed.ALONE
-    wanted = set(protocol_episodes(suite, task_ids, episodes_per_task))
+    wanted = set(protocol_episodes(suite, task_ids, episodes_per_task, fresh))
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
     missing = wanted - {(e["task_id"], e["init_state"]) for e in kept}
     queue = deque(share_of_episodes(missing, ranks.rank, ranks.size))
@@ -178,7 +183,7 @@ def _play(envs, queue, choose, seed, video, on_step, any_busy):
     while any_busy(bool(envs.active.any() or queue)):
         active = np.flatnonzero(envs.active)
         for i in active:
-            if playing[i][1] < video:
+            if playing[i][1] % FRESH < video:
                 films[i].append(obs["agentview"][i].copy())
         # (B,). Where nothing is to be decided, a sharded model may still need this rank's part of a forward pass.
         rows = active if len(active) else np.array([0])
@@ -225,7 +230,7 @@ def _sampler(seed, task, init_state):
 @distributed.ends_together
 def main(args):
     ranks = distributed.join()
-    protocol_episodes(args.suite, args.task_ids, args.episodes_per_task)  # before the slow things
+    protocol_episodes(args.suite, args.task_ids, args.episodes_per_task, args.fresh)  # before the slow things
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     args.render = args.render or default_render()
@@ -246,6 +251,7 @@ def main(args):
     }
     settings |= {"seed": args.seed if args.temperature > 0 else None, "max_steps": max_steps(args.suite)}
     settings |= {"unnorm_key": args.unnorm_key} if args.unnorm_key else {}
+    settings |= {"fresh": True} if args.fresh else {}
     log = EpisodeLog.of_rank(out, settings, ranks)
     if ranks.is_main_process:
         print_plan(args, f"actions of {unnorm_key}, {device} {settings['dtype']}", out)
@@ -255,7 +261,7 @@ def main(args):
             model, args.suite, args.task_ids, args.episodes_per_task, args.num_envs, temperature=args.temperature,
             whole_vocabulary=args.whole_vocabulary, seed=args.seed, render=args.render, finished=log.episodes,
             on_episode=log.append, video=args.video, video_dir=out / "videos", progress=ranks.is_main_process, ranks=ranks,
-            unnorm_key=unnorm_key,
+            unnorm_key=unnorm_key, fresh=args.fresh,
         )  # fmt: skip
     except KeyboardInterrupt:
         ranks.check_others()
@@ -280,7 +286,7 @@ def print_plan(args, where, out):
         n = num_init_states(args.suite, task)
         fewer = (
             f" (it has {n} initial states, not {args.episodes_per_task})"
-            if n < args.episodes_per_task
+            if n < args.episodes_per_task and not args.fresh
             else ""
         )
         print_(f"  task {task}: {sentences[task]}{fewer}")

@@ -62,7 +62,7 @@ class PPOConfig:
     max_grad_norm: float = 1.0  # of policy and of critic, each
     target_kl: float | None = None  # stop training the policy in this update once approx_kl exceeds this
     normalize_advantages: bool = True
-    advantage_floor: float = 0.01  # no policy step where advantages deviate less than this, in units of reward
+    advantage_floor: float = 0.01  # in units of reward: no policy step where advantages deviate less
 
 
 # --------------------------------------------------------------------------------------------------------------------

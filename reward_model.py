@@ -266,7 +266,9 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
     """An RPRM, a tuned VLM or else a stock VLM, each by its directory or hub id, for frames and actions."""
     folder = resolve_checkpoint(path, "reward model")
     info, config = folder / "rprm.json", folder / "config.json"
-    is_vlm = "vlm" in read_json(info) if info.is_file() else '"openvla"' not in config.read_text(errors="replace")
+    is_vlm = (
+        "vlm" in read_json(info) if info.is_file() else '"openvla"' not in config.read_text(errors="replace")
+    )
     return (VLM if is_vlm else RPRM).from_pretrained(folder, dtype=dtype, device=device)
 
 
@@ -537,7 +539,9 @@ def read_trajectories(path, limit=None, success=True, skip=0):
         demos = read_demos(file, refused=refused)
         for demo in itertools.islice(demos, skip, None if limit is None else skip + limit):
             if demo["ee_pos"] is None:
-                refused.add(f"{file} {demo['name']}", "neither obs/ee_pos nor obs/ee_states, which labels need")
+                refused.add(
+                    f"{file} {demo['name']}", "neither obs/ee_pos nor obs/ee_states, which labels need"
+                )
                 continue
             used += 1
             more = {"frames": demo["agentview"], "success": success}

@@ -55,9 +55,7 @@ class Args:
     lr: float = flag(1e-3, "peak learning rate (AdamW); cosine decay to 2 %", min=0)
     warmup: int = flag(200, "steps of linear learning-rate warm-up", min=1)
     weight_decay: float = flag(0.05, "AdamW weight decay of the matrices", min=0)
-    label_sigma: float = flag(
-        8.0, "width, in bins, of soft targets of translations; 0 = one-hot", min=0
-    )
+    label_sigma: float = flag(8.0, "width, in bins, of soft targets of translations; 0 = one-hot", min=0)
     jitter: float = flag(0.2, "colour jitter; 1 = OpenVLA's training recipe", min=0)
     ema: float = flag(0.998, "decay per step of the averaged weights that are saved", max=1)
     held_out: float = flag(0.05, "share of demonstrations kept for measuring", min=0, max=0.9)
@@ -151,10 +149,14 @@ class Dataset:
         """sources: {name of the data set: directory or file}."""
         self._images = []  # one (T, 3, S, S) uint8 per demonstration: joined, they would need the memory twice
         self.suites, self.instructions, actions, indices = list(sources), [], [], []
-        files = [(suite, file) for suite, path in sources.items() for file in demos.demo_files(path, action_repeat)]
+        files = [
+            (suite, file) for suite, path in sources.items() for file in demos.demo_files(path, action_repeat)
+        ]
         refused = demos.Refused()
         for suite, file in progress_bar(files, desc="loading demonstrations", unit="file"):
-            for demo in itertools.islice(demos.read_demos(file, suite=suite, refused=refused), max_demos or None):
+            for demo in itertools.islice(
+                demos.read_demos(file, suite=suite, refused=refused), max_demos or None
+            ):
                 a = policy_convention(demo["actions"])
                 a = group_actions(a, action_repeat // demo["action_repeat"])  # (T, 7)
                 if len(a) == 0:

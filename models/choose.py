@@ -41,7 +41,11 @@ def choose_model(model, suite, flags):
         return shipped(suite, "policy"), "tiny", "no GPU"
     folder = hub_cache(official)
     if folder is None:
-        return shipped(suite, "policy"), "tiny", f"a GPU, but no weights: `hf download {official}` fetches them"
+        return (
+            shipped(suite, "policy"),
+            "tiny",
+            f"a GPU, but no weights: `hf download {official}` fetches them",
+        )
     memory = torch.cuda.get_device_properties(0).total_memory
     needs = Needs.of_flags(folder, torch.bfloat16, flags)
     if memory < needs.total("cuda"):

@@ -23,6 +23,7 @@ RANDOM_PLACEMENT = (
 RANDOM_PROTOCOL_STATE = (
     -2
 )  # as an initial state: one of the evaluation's states, drawn by the episode's generator
+FRESH = 1000  # as an initial state, this and above: a random placement that depends on the number and the task alone
 
 # `progress`: how far a worker got with an environment's step, for the replacement of a worker that died in it.
 NEW, SAVED, DONE = 0, 1, 2

@@ -22,6 +22,7 @@ import numpy as np
 
 from simulator.shared import (
     DONE,
+    FRESH,
     NO_TASK,
     RANDOM_PLACEMENT,
     RANDOM_PROTOCOL_STATE,
@@ -116,8 +117,11 @@ class Worker:
         rng = np.random.default_rng([seed, self.config["first_env"] + i, number])
         if init_state == RANDOM_PROTOCOL_STATE:
             init_state = int(rng.integers(episode.sim.num_init_states))
+        placed_anew = init_state == RANDOM_PLACEMENT or init_state >= FRESH
+        if init_state >= FRESH:
+            rng = np.random.default_rng([task_id, init_state])
         t0 = time.perf_counter()
-        episode.reset(None if init_state == RANDOM_PLACEMENT else init_state, rng)
+        episode.reset(None if placed_anew else init_state, rng)
         t1 = time.perf_counter()
         frame = episode.render()
         s.seconds[i] += 0.0, time.perf_counter() - t1, t1 - t0

@@ -24,7 +24,7 @@ import numpy as np
 from support.cli import flag, parse_command
 from support.errors import UserError, main_guard
 from support.files import atomic_write, write_film
-from support.statistics import difference_interval, wilson_interval
+from support.statistics import difference_interval, t_interval, wilson_interval
 
 # --------------------------------------------------------------------------------------------------------------------
 # A run's files
@@ -140,59 +140,82 @@ def plot_curve(lines, path, title, results=()):
 
 
 def compare(runs, path):
-    """Success against decisions of several runs: one colour per --prm-mode, thin lines for seeds, thick for all of them.
+    """Success against decisions of several methods: a thin line for each run, a thick one for the mean over seeds.
 
-    Returns a Markdown table. The thick line pools the episodes of the seeds at each point where all of them were
-    evaluated, with Wilson 95 % intervals of the pooled count; these do not contain the spread between seeds, the thin
-    lines do.
+    runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds.
+    Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
     """
-    groups, table = (
-        {},
-        ["| RPRM | seed | decisions | success | 95 % interval | episodes |", "|---|---:|---:|---:|---|---:|"],
-    )
-
-    def row(mode, seed, d, k, n):
-        low, high = wilson_interval(k, n)
-        table.append(
-            f"| {mode} | {seed} | {d:,} | {100 * k / n:.1f} % | {100 * low:.1f} to {100 * high:.1f} | {n} |"
-        )
-
+    methods = {}  # name -> {seed: evaluation points}
     for run in runs:
         config, lines, results = read_run(run)
         points = evaluation_points(lines, results)
         if not points:
             raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
-        groups.setdefault(config["prm_mode"], []).append((config["seed"], points))
+        method = re.sub(r"-seed\d+$", "", Path(run).name)
+        methods.setdefault(method, {})[config["seed"]] = points
+
     figure = _figure(figsize=(7, 4), dpi=130, layout="tight")
     ax = figure.subplots()
-    for colour, (mode, members) in enumerate(groups.items()):
-        style = dict(color=f"C{colour}")
-        for seed, points in sorted(members):
-            d, k, n = map(np.array, zip(*points, strict=True))
-            ax.plot(d, 100 * k / n, lw=0.8, alpha=0.6, **style)
-            for point in (points[0], points[-1]):
-                row(mode, seed, *point)
-        shared = set.intersection(*({p[0] for p in points} for _, points in members))
-        pooled = []
-        for d in sorted(shared):
-            found = [p for _, points in members for p in points if p[0] == d]
-            pooled.append((d, sum(p[1] for p in found), sum(p[2] for p in found)))
-        if not pooled:
-            raise UserError(
-                f"the runs with --prm-mode {mode} were not evaluated at any common number of decisions"
-            )
-        d, k, n = zip(*pooled, strict=True)
-        rates, bars = _percent_with_bars(k, n)
-        label = f"{'without RPRM' if mode == 'none' else f'with RPRM ({mode})'}, {len(members)} seeds"
-        ax.errorbar(d, rates, yerr=bars, fmt="o-", ms=4, lw=2, capsize=3, label=label, **style)
-        if len(members) > 1:
-            for point in (pooled[0], pooled[-1]):
-                row(mode, "all", *point)
+    for k, (method, seeds) in enumerate(methods.items()):
+        curves = [{at: 100 * wins / n for at, wins, n in points} for points in seeds.values()]
+        for curve in curves:
+            ax.plot(curve.keys(), curve.values(), lw=0.8, alpha=0.5, color=f"C{k}")
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if not shared:
+            raise UserError(f"the runs {method}-seed… were not evaluated at any common number of decisions")
+        rates = np.array([[curve[at] for at in shared] for curve in curves])  # (seeds, points)
+        mean, (low, high) = rates.mean(axis=0), np.array([t_interval(at) for at in rates.T]).T
+        bars = np.stack([mean - low, high - mean]) if len(curves) > 1 else None
+        name = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+        ax.errorbar(
+            shared, mean, yerr=bars, fmt="o-", ms=4, lw=2, elinewidth=1, capsize=3, label=name, color=f"C{k}"
+        )
     ax.set(xlabel="decisions", ylabel="success rate on test states (%)", ylim=(0, 100))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
     _save_png(figure, path)
-    return "\n".join(table)
+    return _methods_table(methods)
+
+
+def _methods_table(methods):
+    """Markdown: the last evaluation of every method and seed, {method: {seed: evaluation points}}."""
+    first, numbers = next(iter(methods)), sorted({seed for seeds in methods.values() for seed in seeds})
+    head = [
+        "",
+        *(f"seed {seed}" for seed in numbers),
+        "mean",
+        "95 %",
+        f"minus {first}",
+        "95 %",
+        "decisions",
+        "episodes each",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    last = {
+        method: {seed: 100 * points[-1][1] / points[-1][2] for seed, points in seeds.items()}
+        for method, seeds in methods.items()
+    }
+
+    def with_interval(values, sign=""):
+        if not values:
+            return ["", ""]
+        low, high = t_interval(values)
+        return [
+            f"{np.mean(values):{sign}.1f}",
+            "" if math.isnan(low) else f"{low:{sign}.1f} to {high:{sign}.1f}",
+        ]
+
+    for method, rates in last.items():
+        cells = [f"{rates[seed]:.1f}" if seed in rates else "" for seed in numbers]
+        common = [seed for seed in rates if seed in last[first] and method != first]
+        cells += with_interval(list(rates.values()))
+        cells += with_interval([rates[seed] - last[first][seed] for seed in common], "+")
+        for column in (0, 2):  # decisions, episodes
+            found = sorted({points[-1][column] for points in methods[method].values()})
+            cells.append(" / ".join(f"{number:,}" for number in found))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -507,7 +530,7 @@ class PageArgs:
 
 @dataclass
 class CompareArgs:
-    runs: list[str] = field(metadata={"help": "run directories of train.py, comma-separated"})
+    runs: list[str] = field(metadata={"help": "run directories METHOD-seedS of train.py, comma-separated"})
     out: str = flag("runs/comparison.png", "PNG to write")
 
 
@@ -515,7 +538,10 @@ class CompareArgs:
 def main():
     commands = {
         "page": (PageArgs, "one page with everything about a run"),
-        "compare": (CompareArgs, "several runs: one plot, and a table of their first and last evaluations"),
+        "compare": (
+            CompareArgs,
+            "several methods and seeds: one plot, and a table with differences and intervals over seeds",
+        ),
     }
     command, args = parse_command(commands, "What finished and running trainings show.")
     print(write_report(args.run) if command == "page" else compare(args.runs, args.out))

@@ -1,6 +1,7 @@
-"""Intervals for success rates."""
+"""Intervals for success rates: over episodes, and over seeds."""
 
 import math
+import statistics
 
 
 def wilson_interval(successes, n, confidence=0.95):
@@ -29,3 +30,14 @@ def difference_interval(successes_before, n_before, successes_after, n_after):
     low = math.hypot(after - low_after, high_before - before)
     high = math.hypot(high_after - after, before - low_before)
     return after - before - low, after - before + high
+
+
+def t_interval(values, confidence=0.95):
+    """Student's t interval of the mean of `values` (one number per seed): (low, high); NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    from scipy.stats import t  # late, as above
+
+    middle, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * error
+    return middle - half, middle + half

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from eval import Args, EpisodeLog, EvalResult, evaluate, main, print_plan, protocol_episodes
+from simulator.shared import FRESH
 from support.cli import parse_args
 from support.errors import UserError
 from support.statistics import wilson_interval
@@ -242,6 +243,27 @@ def test_bad_requests(model, envs):
     ]:
         with pytest.raises(UserError):
             evaluate(model, **{"suite": SUITE, "task_ids": [0], "progress": False, **arguments})
+
+
+@pytest.mark.libero
+def test_fresh_placements_are_the_same_for_everybody(model, envs, short, tmp_path):
+    """And no initial states of the suite: neither LIBERO's nor those that training draws."""
+    options = dict(temperature=1.0, seed=7, video=2, progress=False, fresh=True)
+    together = evaluate(model, SUITE, [0, 1], 2, envs=envs, video_dir=tmp_path / "a", **options)
+    alone = evaluate(model, SUITE, [1], 2, num_envs=1, video_dir=tmp_path / "b", **options)
+    assert _played(together) == [(t, FRESH + i) for t in (0, 1) for i in (0, 1)]
+    assert _played(alone) == [(1, FRESH), (1, FRESH + 1)]
+    films, again = _frames(tmp_path / "a"), _frames(tmp_path / "b")
+    assert len(films) == 4 and len(again) == 2
+    assert all(np.array_equal(films[name], frames) for name, frames in again.items())
+    first = [film[0] for film in films.values()]  # no two alike
+    stored = evaluate(
+        model, SUITE, [1], 2, envs=envs, video_dir=tmp_path / "c", **{**options, "fresh": False}
+    )
+    first += [film[0] for film in _frames(tmp_path / "c").values()]
+    differ = [np.abs(a[20:].astype(int) - b[20:]).max() for k, a in enumerate(first) for b in first[:k]]
+    assert _played(stored) == [(1, 0), (1, 1)] and min(differ) > 60
+    assert protocol_episodes("libero_10_with_milk", [3], 2, fresh=True) == [(3, FRESH), (3, FRESH + 1)]
 
 
 @pytest.mark.libero

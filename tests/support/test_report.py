@@ -13,7 +13,7 @@ from support import report
 from support.episodes import write_episode_film
 from support.errors import UserError
 from support.files import write_film
-from support.statistics import difference_interval, wilson_interval
+from support.statistics import difference_interval
 
 
 def film(directory, task, success, length, grey):
@@ -70,20 +70,37 @@ def points(run):
     return report.evaluation_points(lines, results)
 
 
-def test_comparison_pools_seeds_and_prefers_the_longer_final_evaluation(tmp_path):
-    a = a_run(tmp_path / "a", "sum", 0, [(0, 4, 10), (1024, 6, 10)], {"start": (20, 50), "trained": (40, 50)})
-    b = a_run(tmp_path / "b", "sum", 1, [(0, 5, 10), (1024, 7, 10)], {"start": (30, 50), "trained": (45, 50)})
-    c = a_run(tmp_path / "c", "none", 0, [(0, 5, 10)], {"start": (25, 50), "trained": (26, 50)})
-    assert points(a) == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
-    table = report.compare([a, b, c], tmp_path / "plot.png")
-    low, high = wilson_interval(85, 100)
-    assert f"| sum | all | 2,048 | 85.0 % | {100 * low:.1f} to {100 * high:.1f} | 100 |" in table
-    assert "| none | 0 | 0 | 50.0 % |" in table and "| none | all |" not in table
+def test_comparison_takes_seeds_as_samples_and_prefers_the_longer_final_evaluation(tmp_path):
+    both, alone = [(0, 4, 10), (1024, 6, 10)], [(0, 5, 10)]
+    runs = {
+        ("full", 0): (20, 40),
+        ("full", 1): (30, 45),
+        ("full", 2): (25, 41),
+        ("none", 0): (25, 30),
+        ("none", 1): (26, 41),
+    }
+    names = []
+    for (method, seed), (start, trained) in runs.items():
+        final = {"start": (start, 50), "trained": (trained, 50)}
+        directory = tmp_path / f"{method}-seed{seed}"
+        names.append(a_run(directory, method, seed, both if method == "full" else alone, final))
+    assert points(names[0]) == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
+    table = report.compare(names, tmp_path / "plot.png").splitlines()
+    assert table[0].startswith("|  | seed 0 | seed 1 | seed 2 | mean | 95 % | minus full |")
+    # 80, 90, 82: mean 84, standard deviation 5.2915, t(2 degrees of freedom) 4.30265
+    half = 4.30265 * 5.2915 / 3**0.5
+    assert table[2].startswith(
+        f"| full | 80.0 | 90.0 | 82.0 | 84.0 | {84 - half:.1f} to {84 + half:.1f} |  |  | 2,048 | 50 |"
+    )
+    # -20 and -8, seed by seed: mean -14, standard deviation 8.4853, t(1) 12.7062
+    half = 12.7062 * 8.4853 / 2**0.5
+    assert "| none | 60.0 | 82.0 |  | 71.0 | " in table[3]
+    assert f"| -14.0 | {-14 - half:.1f} to +{half - 14:.1f} | 2,048 | 50 |" in table[3]
     by_eval = json.dumps(
         {"total": {"successes": 30, "episodes": 60}}
     )  # eval.py's, of the run's policy: no start policy there
-    (Path(c) / "results.json").write_text(by_eval)
-    assert points(c) == [(0, 5, 10), (2048, 30, 60)]
+    (Path(names[3]) / "results.json").write_text(by_eval)
+    assert points(names[3]) == [(0, 5, 10), (2048, 30, 60)]
     assert Image.open(tmp_path / "plot.png").width > 500
 
 
@@ -127,8 +144,8 @@ def test_a_film_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     "points, final, what", [([], {}, "never evaluated"), ([(512, 1, 2)], {}, "common number")]
 )
 def test_runs_that_cannot_be_compared_are_one_line(tmp_path, points, final, what):
-    a = a_run(tmp_path / "a", "none", 0, points, final)
-    b = a_run(tmp_path / "b", "none", 1, [(1024, 1, 2)], final)
+    a = a_run(tmp_path / "none-seed0", "none", 0, points, final)
+    b = a_run(tmp_path / "none-seed1", "none", 1, [(1024, 1, 2)], final)
     for directory in (a, b):
         (Path(directory) / "results.json").unlink()
     with pytest.raises(UserError, match=what):
