@@ -17,7 +17,15 @@ from support.errors import UserError, main_guard
 
 T, N = 6, 4
 SMALL = dict(
-    vision_width=32, vision_blocks=3, vision_heads=2, width=32, layers=3, heads=2, mlp=64, image_size=32, patch_size=16
+    vision_width=32,
+    vision_blocks=3,
+    vision_heads=2,
+    width=32,
+    layers=3,
+    heads=2,
+    mlp=64,
+    image_size=32,
+    patch_size=16,
 )
 # name: (LoRA targets, critic, PPO settings)
 UPDATES = {
@@ -36,7 +44,9 @@ class Recorder(torch.optim.AdamW):
         self.seen = []
 
     def step(self):
-        self.seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        self.seen.append(
+            torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+        )
         super().step()
 
 
@@ -82,7 +92,9 @@ def update(ranks, name, shard=False):
     optimizers = Recorder(actor_critic.policy_parameters()), Recorder(actor_critic.critic_parameters())
     buffer = rollout(actor_critic, ranks.share(N))
     cfg = PPOConfig(temperature=1.0, epochs=2, minibatch_size=8, micro_batch_size=3, value_clip=0, **settings)
-    metrics = ppo_update(actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), ranks)
+    metrics = ppo_update(
+        actor_critic, buffer, *optimizers, cfg, True, torch.Generator().manual_seed(0), ranks
+    )
     weights = [*actor_critic.policy_parameters(), *actor_critic.critic_parameters()]
     base = actor_critic.policy.base_tensors()
     merged = {name: actor_critic.policy.merged(name, base[name]).detach() for name in base}
@@ -91,8 +103,11 @@ def update(ranks, name, shard=False):
         before = start.prompt_state(ids, mask, pixel_values=torch.ones(1, 6, 32, 32))
     return {
         "gradients": [g for optimizer in optimizers for g in optimizer.seen],
-        "weights": torch.cat([p.detach().flatten() for p in weights]), "metrics": metrics,
-        "tokens": buffer.action_tokens, "merged": merged, "start": before,
+        "weights": torch.cat([p.detach().flatten() for p in weights]),
+        "metrics": metrics,
+        "tokens": buffer.action_tokens,
+        "merged": merged,
+        "start": before,
     }
 
 
@@ -115,7 +130,8 @@ def main():
         raise UserError("the milk is spilt")
     if case == "stop":
         stopped = []
-        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # as signals.Stop: seen between decisions
+        # As signals.Stop: seen between decisions.
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
         while not stopped:
             time.sleep(0.1)
         ranks.check_others()

@@ -281,7 +281,11 @@ def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path, policy)
     task = TaskSim("libero_object", 8, render="light")
     episode = task.episode()
     arrays, success = demos.record_episode(
-        episode, np.random.default_rng(5), demos.Args(noise=0.2, kick=0.05), 600, None if policy is None else lambda frame: policy
+        episode,
+        np.random.default_rng(5),
+        demos.Args(noise=0.2, kick=0.05),
+        600,
+        None if policy is None else lambda frame: policy,
     )
     T = len(arrays["actions"])
     if policy is not None:  # it acted for stretches; the labels are the expert's all the same
@@ -328,7 +332,16 @@ def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path, policy)
 @pytest.mark.libero
 @pytest.mark.slow
 def test_the_shipped_policy_acts_in_recordings(tmp_path):
-    command = [sys.executable, "demos.py", "--policy", "checkpoints/libero_object/policy", "--task-ids", "9", "--num-demos", "1"]
+    command = [
+        sys.executable,
+        "demos.py",
+        "--policy",
+        "checkpoints/libero_object/policy",
+        "--task-ids",
+        "9",
+        "--num-demos",
+        "1",
+    ]
     subprocess.run([*command, "--seed", "3", "--out", str(tmp_path)], cwd=ROOT, check=True)
     (file,) = demos.demo_files(tmp_path / "libero_object", action_repeat=4)
     assert file.name.endswith("_policy_demo.hdf5")

@@ -32,8 +32,14 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def start(command, **environment):
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def finish(run, code=0):
@@ -59,7 +65,8 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_make_the_update_of_one(two_ranks, name, shard):
     one = worker.update(distributed.Ranks(), name)
     parts = [rank[name, shard] for rank in two_ranks]
-    assert torch.equal(torch.cat([part["tokens"] for part in parts], dim=1), one["tokens"])  # the same rollout
+    # The same rollout.
+    assert torch.equal(torch.cat([part["tokens"] for part in parts], dim=1), one["tokens"])
     for part in parts:
         assert len(part["gradients"]) == len(one["gradients"]) > 0
         for ours, theirs in zip(part["gradients"], one["gradients"], strict=True):
@@ -71,7 +78,9 @@ def test_two_ranks_make_the_update_of_one(two_ranks, name, shard):
     assert parts[0]["metrics"] == parts[1]["metrics"]
     if name == "kl guard":
         steps = one["metrics"]["losses/policy_steps"]
-        assert one["metrics"]["losses/kl_stop"] == 1 and 0 < steps < 2 * len(ppo.minibatches(worker.T, worker.N, 8, torch.Generator()))
+        assert one["metrics"]["losses/kl_stop"] == 1 and 0 < steps < 2 * len(
+            ppo.minibatches(worker.T, worker.N, 8, torch.Generator())
+        )
 
 
 @pytest.mark.slow
@@ -96,7 +105,11 @@ def test_ranks_share_every_mini_batch_evenly_and_without_loss(T, per_rank, ranks
     for whole in ppo.minibatches(T, N, size, torch.Generator().manual_seed(seed)):
         parts = [distributed.Ranks(rank, ranks).own_part(whole, per_rank) for rank in range(ranks)]
         assert {len(part) for part in parts} == {len(whole) // ranks}
-        back = [int(i // per_rank * N + rank * per_rank + i % per_rank) for rank in range(ranks) for i in parts[rank]]
+        back = [
+            int(i // per_rank * N + rank * per_rank + i % per_rank)
+            for rank in range(ranks)
+            for i in parts[rank]
+        ]
         assert sorted(back) == sorted(whole.tolist())
         assert torch.equal(distributed.ALONE.own_part(whole, N), whole)
 
@@ -116,7 +129,9 @@ def test_advantages_are_normalised_over_all_ranks():
     both = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) + torch.arange(6)
     parts = both[:, :3], both[:, 3:]
     ours = [ppo.normalize_advantages(part, ranks=Sum(parts))[0] for part in parts]
-    torch.testing.assert_close(torch.cat(ours, dim=1), ppo.normalize_advantages(both)[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        torch.cat(ours, dim=1), ppo.normalize_advantages(both)[0], rtol=1e-6, atol=1e-7
+    )
 
 
 # What is global besides ----------------------------------------------------------------------------------------------
@@ -135,7 +150,9 @@ def test_the_curriculum_counts_episodes_in_the_order_of_one_process():
         buffer = ppo.RolloutBuffer(T, len(environments), (1, 1), frame_shape=(1, 1, 3))
         for t in range(T):
             flags = (ended & won)[t, part], (ended & ~won)[t, part]
-            buffer.store_outcome(t, [0.0] * len(environments), *flags, torch.zeros(1), task_ids[t, part], 4, lost[t, part])
+            buffer.store_outcome(
+                t, [0.0] * len(environments), *flags, torch.zeros(1), task_ids[t, part], 4, lost[t, part]
+            )
         return buffer.finished_episodes(environments.start)
 
     one = envs.Curriculum([0, 1], window=3, deferred=True)
@@ -160,12 +177,15 @@ def test_an_evaluation_is_split_so_that_each_episode_is_played_once(missing, ran
 
 def test_eval_takes_over_what_other_ranks_logged(tmp_path):
     episodes = [{"task_id": 0, "init_state": i, "success": bool(i % 2), "steps": i} for i in range(5)]
-    first, other = (evaluation.EpisodeLog(tmp_path / f"episodes{x}.jsonl", {"seed": 0}) for x in ("", "-rank1"))
+    first, other = (
+        evaluation.EpisodeLog(tmp_path / f"episodes{x}.jsonl", {"seed": 0}) for x in ("", "-rank1")
+    )
     first.append(episodes[0])
     for episode in episodes[1:]:
         other.append(episode)
     log = evaluation.EpisodeLog(tmp_path / "episodes.jsonl", {"seed": 0})
-    log.append(episodes[1])  # a crash came after this one was taken over, and before the other file was deleted
+    # A crash came after this one was taken over, and before the other file was deleted.
+    log.append(episodes[1])
     log = evaluation.EpisodeLog(tmp_path / "episodes.jsonl", {"seed": 0})
     log.absorb()
     assert [path.name for path in tmp_path.iterdir()] == ["episodes.jsonl"]
@@ -176,8 +196,13 @@ def test_eval_takes_over_what_other_ranks_logged(tmp_path):
 def test_environment_states_are_merged_and_split():
     settings = np.frombuffer(json.dumps({"suite": "x", "num_envs": 6, "render": "light"}).encode(), np.uint8)
     state = {
-        "idle": np.arange(6) % 2 == 0, "agentview": np.arange(24).reshape(6, 4), "seed": np.int64(3), "settings": settings,
-        "curriculum_outcomes": np.ones((2, 6)), **{f"sim_{i}": np.full(i + 1, i) for i in (0, 1, 3, 4, 5)},  # 2 was lost
+        "idle": np.arange(6) % 2 == 0,
+        "agentview": np.arange(24).reshape(6, 4),
+        "seed": np.int64(3),
+        "settings": settings,
+        # 2 was lost.
+        "curriculum_outcomes": np.ones((2, 6)),
+        **{f"sim_{i}": np.full(i + 1, i) for i in (0, 1, 3, 4, 5)},
     }
     for ranks in (1, 2, 3, 6):
         parts = [envs.split_state(state, range(r * 6 // ranks, (r + 1) * 6 // ranks)) for r in range(ranks)]
@@ -206,7 +231,8 @@ def test_egl_devices_are_shared_out(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
     monkeypatch.setattr(devices, "num_egl_devices", lambda: 8)  # the test machine has no GPU
     assert share(ranks, 3)["egl_devices"] == [5]
-    monkeypatch.setattr(devices, "num_egl_devices", lambda: 1)  # GPUs, but only Mesa's EGL: leave it the choice
+    # GPUs, but only Mesa's EGL: leave it the choice.
+    monkeypatch.setattr(devices, "num_egl_devices", lambda: 1)
     assert share(ranks, 3)["egl_devices"] is None
     assert share(ranks, 3, [0, 1])["egl_devices"] == [1]
     assert share(ranks, 3, [0, 1, 2, 3, 4, 5, 6, 7]) == dict(num_workers=3, egl_devices=[1, 5])
@@ -268,8 +294,13 @@ def test_an_error_of_one_rank_is_told_by_all(tmp_path):
 def test_a_restart_meets_the_living_and_not_the_addresses_of_the_dead(tmp_path):
     """torchrun's store outlives a restart, and rank 1 may be there first."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    shared = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port),
-                  TORCHELASTIC_USE_AGENT_STORE="True")
+    shared = dict(
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(server.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     for _ in range(2):
         command = [sys.executable, "tests/distributed_worker.py", "late", str(tmp_path)]
         for run in [start(command, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in (0, 1)]:
@@ -326,12 +357,25 @@ def _same(ours, theirs):
 @pytest.mark.slow
 def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_path):  # noqa: F811
     out = tmp_path / "run"
-    flags = ("--total-steps", "12", "--keep", "3", "--max-episode-steps", "8", "--critic-warmup", "0", "--final-episodes", "2",
-             "--worker-timeout", "600")
+    flags = (
+        "--total-steps",
+        "12",
+        "--keep",
+        "3",
+        "--max-episode-steps",
+        "8",
+        "--critic-warmup",
+        "0",
+        "--final-episodes",
+        "2",
+        "--worker-timeout",
+        "600",
+    )
     stdout, stderr = finish(start([*LAUNCH, *_command(models, out, *flags)[1:]]))
     two = _metrics(out)
     results = json.loads((out / "results.json").read_text())
-    assert "on 2 ranks" in stdout and sum(line.startswith("it ") for line in stdout.splitlines()) == 2  # only rank 0 speaks
+    # Only rank 0 speaks.
+    assert "on 2 ranks" in stdout and sum(line.startswith("it ") for line in stdout.splitlines()) == 2
     assert [m["charts/decisions"] for m in two] == [6, 12]
     assert [m["charts/episodes"] for m in two] == [2, 4]  # three decisions each, two to an episode
     for row in results.values():  # each test state once, though neither rank played all
@@ -341,7 +385,10 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
     _, one = _again(out, [sys.executable, "train.py", "--resume", str(out)])  # 2 ranks -> 1
     assert one[0] == two[0]
     _same(one[1], two[1])
-    steps = {name: row["total"]["mean_steps"] for name, row in json.loads((out / "results.json").read_text()).items()}
+    steps = {
+        name: row["total"]["mean_steps"]
+        for name, row in json.loads((out / "results.json").read_text()).items()
+    }
     assert steps == {name: row["total"]["mean_steps"] for name, row in results.items()}
 
     config = json.loads((out / "config.json").read_text())
@@ -356,9 +403,16 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint_and_ctrl_c_stops_all(models, tmp_path):  # noqa: F811
     out, log = tmp_path / "run", tmp_path / "log"
-    command = [*LAUNCH, "--max-restarts", "1", *_command(models, out, "--total-steps", "6000", "--worker-timeout", "600")[1:]]
+    command = [
+        *LAUNCH,
+        "--max-restarts",
+        "1",
+        *_command(models, out, "--total-steps", "6000", "--worker-timeout", "600")[1:],
+    ]
     with open(log, "w") as file:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     def wait_for(what, seconds=800):
         deadline = time.time() + seconds

@@ -65,11 +65,20 @@ def rollout(actor_critic, T=3, N=2):
 
 def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
     """The bundle alone, loaded with weights_only, gives the same infinite loss again."""
-    actor_critic = ActorCritic(build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language")
+    actor_critic = ActorCritic(
+        build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language"
+    )
     parameters = {"policy": actor_critic.policy_parameters(), "critic": actor_critic.critic_parameters()}
     optimizers = {name: torch.optim.AdamW(p) for name, p in parameters.items()}
     buffer, generator = rollout(actor_critic), torch.Generator().manual_seed(3)
-    args = (actor_critic, buffer, *optimizers.values(), PPOConfig(temperature=1.0, minibatch_size=2), True, generator)
+    args = (
+        actor_critic,
+        buffer,
+        *optimizers.values(),
+        PPOConfig(temperature=1.0, minibatch_size=2),
+        True,
+        generator,
+    )
     ppo_update(*args)
     before = [p.clone() for p in actor_critic.policy_parameters()]
     buffer.log_probs[1, 0] = float("nan")  # as a fault in the rollout would leave it
@@ -77,14 +86,25 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
         ppo_update(*args)
     assert 2 in error.value.indices  # t * N + n
     generators = {"minibatches": generator.get_state()}
-    said = checkpoints.save_debug_bundle(tmp_path / "debug/000007.pt", error.value, 7, buffer, actor_critic, optimizers, generators)
+    said = checkpoints.save_debug_bundle(
+        tmp_path / "debug/000007.pt", error.value, 7, buffer, actor_critic, optimizers, generators
+    )
     path = tmp_path / "debug" / "000007.pt"
     assert str(path) in said
     bundle = torch.load(path, weights_only=True)
     assert bundle["quantity"] == "policy loss" and bundle["iteration"] == 7
     rows = bundle["indices"]
     assert bundle["minibatch"]["log_probs"][rows == 2].isnan().all()
-    for name in ("images", "action_tokens", "input_ids", "advantages", "returns", "rewards", "prm_scores", "values"):
+    for name in (
+        "images",
+        "action_tokens",
+        "input_ids",
+        "advantages",
+        "returns",
+        "rewards",
+        "prm_scores",
+        "values",
+    ):
         assert torch.equal(bundle["minibatch"][name], getattr(buffer, name)[:3].flatten(0, 1)[rows])
     trainable = {k: p for k, p in actor_critic.named_parameters() if p.requires_grad}
     assert bundle["trainable"].keys() == trainable.keys()
@@ -97,15 +117,20 @@ def test_debug_bundle_holds_what_is_needed_to_repeat_the_update(tmp_path):
 
 def test_a_debug_bundle_that_cannot_be_written_does_not_hide_the_error(tmp_path):
     (tmp_path / "debug").write_text("in the way")
-    actor_critic = ActorCritic(build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language")
-    said = checkpoints.save_debug_bundle(tmp_path / "debug/000001.pt", NumericsError("reward"), 1, rollout(actor_critic), actor_critic, {}, {})
+    actor_critic = ActorCritic(
+        build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL), targets="language"
+    )
+    said = checkpoints.save_debug_bundle(
+        tmp_path / "debug/000001.pt", NumericsError("reward"), 1, rollout(actor_critic), actor_critic, {}, {}
+    )
     assert "could not be saved" in said
 
 
 @pytest.mark.libero
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "poison, quantity", [("policy", "log-prob"), ("rprm", "RPRM score"), ("lr", "log-prob|value|loss|gradient")]
+    "poison, quantity",
+    [("policy", "log-prob"), ("rprm", "RPRM score"), ("lr", "log-prob|value|loss|gradient")],
 )
 def test_nan_in_a_real_run_is_named_saved_and_kept_out_of_checkpoints(models, tmp_path, poison, quantity):  # noqa: F811
     shutil.copytree(models, tmp_path / "models")
@@ -119,7 +144,9 @@ def test_nan_in_a_real_run_is_named_saved_and_kept_out_of_checkpoints(models, tm
     run = _start(_command(tmp_path / "models", out, *flags))
     _, stderr = run.communicate(timeout=800)
     line = only_error(stderr)
-    assert run.returncode == 1 and re.search(f"({quantity}) is not finite", line) and f"--resume {out}" in line
+    assert (
+        run.returncode == 1 and re.search(f"({quantity}) is not finite", line) and f"--resume {out}" in line
+    )
     bundle = torch.load(out / "debug" / "000001.pt", weights_only=True)
     assert str(out / "debug" / "000001.pt") in line and re.search(quantity, bundle["quantity"])
     assert newest(out) == 0 and not (out / "metrics.jsonl").read_text()
@@ -163,7 +190,9 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
         fill(small_disk)
         os.truncate(small_disk / "filler", max(0, (small_disk / "filler").stat().st_size - spare))
         try:
-            checkpoints.save_checkpoint(small_disk, 2, actor_critic, {**state, "iteration": 2}, keep=2, best=-1)
+            checkpoints.save_checkpoint(
+                small_disk, 2, actor_critic, {**state, "iteration": 2}, keep=2, best=-1
+            )
         except errors.UserError as error:
             assert "No space left" in str(error) or "write" in str(error)
             assert "previous one is intact" in str(error) and "\n" not in str(error)
@@ -246,8 +275,11 @@ while True:
     time.sleep(0.1)
 """
 # A call that never returns to Python's interpreter: glibc's mutex, locked twice.
-HANG = STOP.replace("    time.sleep(0.1)", "    lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None); "
-                    "[libc.pthread_mutex_lock(lock) for _ in range(2)]")
+HANG = STOP.replace(
+    "    time.sleep(0.1)",
+    "    lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None); "
+    "[libc.pthread_mutex_lock(lock) for _ in range(2)]",
+)
 
 
 @pytest.mark.parametrize("again", [False, True])

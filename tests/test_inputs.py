@@ -33,7 +33,15 @@ from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
-    vision_width=16, vision_blocks=2, vision_heads=2, width=16, layers=1, heads=2, mlp=16, image_size=32, patch_size=16
+    vision_width=16,
+    vision_blocks=2,
+    vision_heads=2,
+    width=16,
+    layers=1,
+    heads=2,
+    mlp=16,
+    image_size=32,
+    patch_size=16,
 )
 often = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 sometimes = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -54,14 +62,24 @@ PARSERS = {
     "eval.py": (evaluation.Args, lambda argv: cli.parse_args(evaluation.Args, "", argv)),
     "sft.py": (sft.Args, lambda argv: cli.parse_args(sft.Args, "", argv)),
     "demos.py": (demos.Args, lambda argv: cli.parse_args(demos.Args, "", argv)),
-    **{f"reward_model.py {name}": (COMMANDS[name][0], lambda argv, name=name: cli.parse_command(
-        COMMANDS, "", [name, *argv])[1]) for name in COMMANDS},
-    **{f"bench {name}": (args, lambda argv, args=args: cli.parse_args(args, "", argv)) for name, args in BENCH_ARGS.items()},
+    **{
+        f"reward_model.py {name}": (
+            COMMANDS[name][0],
+            lambda argv, name=name: cli.parse_command(COMMANDS, "", [name, *argv])[1],
+        )
+        for name in COMMANDS
+    },
+    **{
+        f"bench {name}": (args, lambda argv, args=args: cli.parse_args(args, "", argv))
+        for name, args in BENCH_ARGS.items()
+    },
 }
 # What a shell can pass: any text without the zero byte, bytes that are no text included.
 TEXT = st.text(st.characters(blacklist_characters="\0"), max_size=12)
 VALUE = st.one_of(
-    TEXT, st.integers().map(str), st.floats().map(str),
+    TEXT,
+    st.integers().map(str),
+    st.floats().map(str),
     st.sampled_from("0 -1 1e999 nan inf 0x10 1_000 0,1 , 0,,1 none".split()),
 )
 
@@ -98,12 +116,18 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(script, data, capsys)
     ],
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=st.one_of(TEXT.map(lambda x: "no/such/" + x), st.sampled_from(["", ".", "/dev/null", "/", "\udcff", "x" * 300])))
+@given(
+    text=st.one_of(
+        TEXT.map(lambda x: "no/such/" + x), st.sampled_from(["", ".", "/dev/null", "/", "\udcff", "x" * 300])
+    )
+)
 def test_any_name_of_nothing_is_one_line(main, argv, text, capsys, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("sys.argv", ["script", *(f"{argv[0]}={text}" if x == "TEXT" else x for x in argv[1:])])
+    monkeypatch.setattr(
+        "sys.argv", ["script", *(f"{argv[0]}={text}" if x == "TEXT" else x for x in argv[1:])]
+    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as stop:
         main()
@@ -119,7 +143,14 @@ def test_any_name_of_nothing_is_one_line(main, argv, text, capsys, monkeypatch, 
 # --------------------------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.sampled_from(["../x", "0", 2**63, -1, 1e300])),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        TEXT,
+        st.sampled_from(["../x", "0", 2**63, -1, 1e300]),
+    ),
     lambda x: st.one_of(st.lists(x, max_size=3), st.dictionaries(TEXT, x, max_size=3)),
     max_leaves=5,
 )
@@ -152,7 +183,9 @@ def damaged(draw, tree):
 @given(data=st.data())
 def test_any_settings_of_a_run_are_checked_like_flags(data):
     good = json.loads(json.dumps(dataclasses.asdict(train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x"))))
-    assert cli.parse_settings(train.Args, good, "config.json") == train.Args(task_ids=[0, 1], lr=1e-5, out="runs/x")
+    assert cli.parse_settings(train.Args, good, "config.json") == train.Args(
+        task_ids=[0, 1], lr=1e-5, out="runs/x"
+    )
     saved = damaged(data.draw, good)
     try:
         args = cli.parse_settings(train.Args, saved, "config.json")
@@ -174,7 +207,10 @@ def test_settings_of_earlier_versions_are_renamed_or_left_out_with_a_word(capsys
 
 
 @often
-@given(text=st.one_of(TEXT, st.sampled_from(["[" * 100_000, "{", "[]", "3", "null", '{"x": 1e400}'])), raw=st.binary())
+@given(
+    text=st.one_of(TEXT, st.sampled_from(["[" * 100_000, "{", "[]", "3", "null", '{"x": 1e400}'])),
+    raw=st.binary(),
+)
 def test_any_file_in_place_of_json_is_one_line(text, raw, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "config.json"
     for content in (text.encode(errors="surrogatepass"), raw):
@@ -189,7 +225,9 @@ def test_any_file_in_place_of_json_is_one_line(text, raw, tmp_path_factory):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "rprm"
     model = build_tiny(0, words=["pick", "up", "the", "soup"], **SMALL)
-    model.norm_stats["libero_object"] = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+    model.norm_stats["libero_object"] = {
+        "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    }
     model.save_pretrained(folder)
     (folder / "rprm.json").write_text("{}")
     return folder
@@ -229,7 +267,8 @@ def test_any_damage_to_a_model_configuration_is_one_line(checkpoint, data):
 def damage_bytes(content, rng):
     """Cut, flip, overwrite or insert."""
     content, kind = bytearray(content), rng.randrange(4)
-    at = rng.randrange(len(content)) if rng.random() < 0.5 else rng.randrange(min(2000, len(content)))  # headers first
+    # Headers first.
+    at = rng.randrange(len(content)) if rng.random() < 0.5 else rng.randrange(min(2000, len(content)))
     if kind == 0:
         del content[at:]
     elif kind == 1:
@@ -258,7 +297,14 @@ def test_any_damaged_byte_of_a_model_is_one_line(checkpoint, tmp_path, name):
 def test_shards_cannot_point_out_of_the_checkpoint(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "m")
     index = tmp_path / "m" / "model.safetensors.index.json"
-    for names in ({"a": "../m/model.safetensors"}, {"a": f"{checkpoint}/model.safetensors"}, {"a": 3}, {}, [], None):
+    for names in (
+        {"a": "../m/model.safetensors"},
+        {"a": f"{checkpoint}/model.safetensors"},
+        {"a": 3},
+        {},
+        [],
+        None,
+    ):
         index.write_text(json.dumps({"weight_map": names}))
         with pytest.raises(UserError, match="weight_map"):
             OpenVLA.from_pretrained(tmp_path / "m")
@@ -295,15 +341,22 @@ def test_any_damaged_byte_of_a_run_is_noticed_and_the_checkpoint_before_is_taken
         checkpoints.load_checkpoint(tmp_path, model)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"iteration": 1}\n', '{"iteration": 2}\n', "\xff", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]\n", '{"iteration": 1}\n', '{"iteration": 2}\n', "\xff", "[" * 100_000]
+)
 def test_damaged_metrics_cost_lines_and_not_the_run(tmp_path, text, capsys):
-    good = [{"iteration": i, "charts/decisions": 6 * i, "charts/successes": 0, "charts/episodes": 0} for i in (1, 2, 3)]
+    good = [
+        {"iteration": i, "charts/decisions": 6 * i, "charts/successes": 0, "charts/episodes": 0}
+        for i in (1, 2, 3)
+    ]
     lines = "".join(json.dumps(x) + "\n" for x in good[:2])
     (tmp_path / "metrics.jsonl").write_bytes((lines + text).encode("latin1"))
     assert runs.Metrics.read(tmp_path, 2) == good[:2]
     capsys.readouterr()
     assert runs.Metrics.read(tmp_path, 3) == good[:2] and "of 3 iterations" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").write_bytes((lines + text.strip() + "\n" + json.dumps(good[2]) + "\n").encode("latin1"))
+    (tmp_path / "metrics.jsonl").write_bytes(
+        (lines + text.strip() + "\n" + json.dumps(good[2]) + "\n").encode("latin1")
+    )
     assert runs.Metrics.read(tmp_path, 3) == good  # what comes after the damage is kept
 
 
@@ -347,8 +400,11 @@ def test_any_log_of_episodes_is_one_line(tmp_path):
 def demonstration(steps=5):
     rng = np.random.default_rng(0)
     return {
-        "actions": rng.uniform(-1, 1, (steps, 7)), "states": np.zeros((steps, 4)), "ee_pos": rng.random((steps, 3)),
-        "gripper_states": rng.uniform(0, 0.04, (steps, 2)), "agentview_rgb": np.zeros((steps, 16, 16, 3), np.uint8),
+        "actions": rng.uniform(-1, 1, (steps, 7)),
+        "states": np.zeros((steps, 4)),
+        "ee_pos": rng.random((steps, 3)),
+        "gripper_states": rng.uniform(0, 0.04, (steps, 2)),
+        "agentview_rgb": np.zeros((steps, 16, 16, 3), np.uint8),
     }
 
 
@@ -379,13 +435,18 @@ ARRAYS = st.one_of(
         st.lists(st.integers(0, 6), max_size=4), st.sampled_from(["f8", "f4", "i8", "u1", "?", "S3", "c16"])
     ).map(lambda x: np.zeros(x[0], x[1])),
     st.sampled_from([np.full((5, 7), np.nan), np.full((5, 3), np.inf), np.zeros((1, 7)), np.zeros((0, 7))]),
-    st.just("text"), st.none(),
+    st.just("text"),
+    st.none(),
 )
 
 
 @sometimes
-@given(name=st.sampled_from([
-    "actions", "states", "obs", "obs/ee_pos", "obs/gripper_states", "obs/agentview_rgb"]), value=ARRAYS)
+@given(
+    name=st.sampled_from(
+        ["actions", "states", "obs", "obs/ee_pos", "obs/gripper_states", "obs/agentview_rgb"]
+    ),
+    value=ARRAYS,
+)
 def test_any_other_dataset_in_demonstrations_is_one_line(name, value, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "other_demo.hdf5"
     demos.write_demos(path, [demonstration()], 4, "pick up the soup")
@@ -401,8 +462,16 @@ def test_any_other_dataset_in_demonstrations_is_one_line(name, value, tmp_path_f
 
 
 @sometimes
-@given(name=st.sampled_from(["problem_info", "action_repeat"]), value=st.one_of(
-    TEXT.filter(str.isascii), st.integers(-(2**63), 2**63 - 1), st.floats(), JSON.map(json.dumps), st.just(np.zeros(3))))
+@given(
+    name=st.sampled_from(["problem_info", "action_repeat"]),
+    value=st.one_of(
+        TEXT.filter(str.isascii),
+        st.integers(-(2**63), 2**63 - 1),
+        st.floats(),
+        JSON.map(json.dumps),
+        st.just(np.zeros(3)),
+    ),
+)
 def test_any_attribute_of_demonstrations_is_one_line(name, value, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "attribute_demo.hdf5"
     demos.write_demos(path, [demonstration()], 4, "pick up the soup")
@@ -418,7 +487,19 @@ def test_any_attribute_of_demonstrations_is_one_line(name, value, tmp_path_facto
 # Hostile input
 # --------------------------------------------------------------------------------------------------------------------
 
-HOSTILE = ["../../etc/passwd", "/etc/passwd", "..", "a/../../b", "~/x", "\0", "con\n", "x" * 500, "$(rm -rf .)", "", "‮"]
+HOSTILE = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    "a/../../b",
+    "~/x",
+    "\0",
+    "con\n",
+    "x" * 500,
+    "$(rm -rf .)",
+    "",
+    "‮",
+]
 
 
 def test_nothing_that_was_downloaded_is_executed():
@@ -454,7 +535,8 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path, capsys):
     checkpoints.save_checkpoint(tmp_path, 1, model, {"iteration": 1}, keep=2, best=-1)
     newest = tmp_path / "checkpoints" / "000001"
     torch.save(Bomb(), newest / "state.pt")
-    (newest / "sha256.json").write_text(json.dumps(checkpoints.checksums(newest)))  # whoever made it knows checksums too
+    # Whoever made it knows checksums too.
+    (newest / "sha256.json").write_text(json.dumps(checkpoints.checksums(newest)))
     with pytest.raises(UserError, match="no readable checkpoint"):
         checkpoints.load_checkpoint(tmp_path, model)
     assert "000001 is damaged" in capsys.readouterr().err and not (tmp_path / "executed").exists()

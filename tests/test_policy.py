@@ -310,7 +310,9 @@ def test_log_probs_that_are_not_finite_stop_with_a_line(small, batch):
         broken.language_model.model.norm.weight.fill_(float("nan"))
     for model, temperature in ((small, 1e-40), (broken, 0.0), (broken, 1.0)):
         tokens = model.generate_actions(ids, pixels, mask, temperature=temperature).tokens
-        with pytest.raises(UserError, match="log-probabilities are not finite: its weights hold NaN .* temperature"):
+        with pytest.raises(
+            UserError, match="log-probabilities are not finite: its weights hold NaN .* temperature"
+        ):
             model.decode_actions(tokens)
 
 

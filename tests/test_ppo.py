@@ -45,7 +45,9 @@ class TinyActorCritic(nn.Module):
         return log_p.gather(-1, action_tokens[..., None]).squeeze(-1), entropy
 
     def value(self, input_ids, attention_mask, patch_embeddings):
-        return self.critic(self.features(self.critic_words, input_ids, attention_mask, patch_embeddings)).squeeze(-1)
+        return self.critic(
+            self.features(self.critic_words, input_ids, attention_mask, patch_embeddings)
+        ).squeeze(-1)
 
     def policy_parameters(self):
         return [p for m in (self.words, self.tokens, self.policy, self.logits) for p in m.parameters()]
@@ -58,7 +60,9 @@ class TinyActorCritic(nn.Module):
 def store(buffer, t, images, ids, mask, tokens, log_probs, values):
     """o_t and a_t, as train.py stores them."""
     N = buffer.num_envs
-    buffer.store_observation(t, np.zeros((N, 1, 1, 3), np.uint8), ["text"] * N, ids, mask, **{buffer.image_kind: images})
+    buffer.store_observation(
+        t, np.zeros((N, 1, 1, 3), np.uint8), ["text"] * N, ids, mask, **{buffer.image_kind: images}
+    )
     buffer.store_decision(t, tokens, log_probs, values)
 
 
@@ -78,7 +82,9 @@ def make_rollout(model, T=4, N=3, seed=0, rewards=None, temperature=1.5):
         store(buffer, t, images, ids, mask, tokens, log_probs, values)
         done = torch.rand(N, generator=g) < 0.3
         reward = torch.rand(N, generator=g) if rewards is None else rewards(tokens)
-        buffer.store_outcome(t, reward, done, ~done & (torch.rand(N, generator=g) < 0.3), torch.rand(N, generator=g))
+        buffer.store_outcome(
+            t, reward, done, ~done & (torch.rand(N, generator=g) < 0.3), torch.rand(N, generator=g)
+        )
     buffer.compute_advantages(torch.rand(N, generator=g), 0.99, 0.95)
     return buffer
 
@@ -123,7 +129,8 @@ def rollouts(draw):
     grid = lambda cell: [draw(st.lists(cell, min_size=T, max_size=T)) for _ in range(N)]  # noqa: E731
     rewards, values, after = grid(number), grid(number), grid(number)
     terminated, truncated = grid(st.booleans()), grid(st.booleans())
-    for n in range(N):  # inside an episode the next value is the next row's: then both definitions must agree exactly
+    # Inside an episode the next value is the next row's: then both definitions must agree exactly.
+    for n in range(N):
         for t in range(T - 1):
             if not (terminated[n][t] or truncated[n][t]):
                 after[n][t] = values[n][t + 1]
@@ -137,7 +144,9 @@ def test_gae_equals_its_definition_for_any_pattern_of_endings(rollout):
     tensors = [torch.tensor(c).T for c in columns]
     tensors = [t if t.dtype == torch.bool else t.float() for t in tensors]
     advantages, returns = ppo.compute_gae(*tensors, gamma, lam)
-    expected = torch.tensor([reference_gae(*(c[n] for c in columns), gamma, lam) for n in range(len(columns[0]))]).T
+    expected = torch.tensor(
+        [reference_gae(*(c[n] for c in columns), gamma, lam) for n in range(len(columns[0]))]
+    ).T
     assert advantages.shape == tensors[0].shape and advantages.dtype == torch.float32
     torch.testing.assert_close(advantages, expected.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(returns, advantages + tensors[1])
@@ -155,12 +164,15 @@ def test_truncation_bootstraps_and_termination_does_not():
     assert a[0, 0] == pytest.approx(1 - 0.5)
     assert b[0, 0] == pytest.approx(1 + 0.9 * 7 - 0.5)
     assert both[0, 0] == a[0, 0]
-    assert a[1, 0] == b[1, 0] == pytest.approx(1 + 0.9 * 3 - 0.5)  # the rollout ends, the episode does not: bootstrap
+    # The rollout ends, the episode does not: bootstrap.
+    assert a[1, 0] == b[1, 0] == pytest.approx(1 + 0.9 * 3 - 0.5)
 
 
 def test_nothing_leaks_between_episodes_or_out_of_a_terminal_state():
     nan = float("nan")
-    rows = one_env([0.0, 0.0, 5.0], [0.1, 0.2, 0.3], [0.2, nan, 0.4], [False, True, False], [False, False, False])
+    rows = one_env(
+        [0.0, 0.0, 5.0], [0.1, 0.2, 0.3], [0.2, nan, 0.4], [False, True, False], [False, False, False]
+    )
     before, _ = ppo.compute_gae(*rows, 0.99, 0.95)
     rows[0][2] = -100.0  # a reward of the next episode
     after, _ = ppo.compute_gae(*rows, 0.99, 0.95)
@@ -185,7 +197,9 @@ def test_next_values_follow_the_episode_and_not_the_row():
     ids = torch.ones(2, 1, dtype=torch.long)
     for t in range(3):
         values = torch.tensor([1.0, 10.0]) * (t + 1)
-        store(buffer, t, zeros, ids, ids, torch.zeros(2, 7, dtype=torch.long), torch.full((2, 7), -0.5), values)
+        store(
+            buffer, t, zeros, ids, ids, torch.zeros(2, 7, dtype=torch.long), torch.full((2, 7), -0.5), values
+        )
         # Environment 0 is cut by the time limit at t = 0, environment 1 succeeds at t = 1; NaN where nobody may look.
         final = torch.tensor([-4.0 if t == 0 else math.nan, math.nan])
         buffer.store_outcome(t, [0.0, 0.0], [False, t == 1], [t == 0, False], final)
@@ -271,7 +285,9 @@ def test_noise_moves_no_policy_and_one_success_does():
         model = TinyActorCritic()
         buffer = make_rollout(model)
         buffer.advantages = scale * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-        policy, critic = ([p.clone() for p in x()] for x in (model.policy_parameters, model.critic_parameters))
+        policy, critic = (
+            [p.clone() for p in x()] for x in (model.policy_parameters, model.critic_parameters)
+        )
         metrics = update(model, buffer)
         assert any(not torch.equal(a, b) for a, b in zip(policy, model.policy_parameters())) == moves
         assert any(not torch.equal(a, b) for a, b in zip(critic, model.critic_parameters()))
@@ -292,7 +308,8 @@ def test_explained_variance():
 def test_any_micro_batch_size_takes_the_same_step(shared):
     def weights_after(micro):
         model = TinyActorCritic(shared=shared).double()
-        buffer = make_rollout(TinyActorCritic(seed=1), T=4, N=3)  # another behaviour policy: ratios differ from 1
+        # Another behaviour policy: ratios differ from 1.
+        buffer = make_rollout(TinyActorCritic(seed=1), T=4, N=3)
         settings = dict(minibatch_size=12, micro_batch_size=micro, max_grad_norm=1e9, entropy_coef=0.01)
         buffer.images = buffer.images.double()
         update(model, buffer, opts=optimizers(model, lr=1.0, critic_lr=1.0), **settings)
@@ -302,7 +319,8 @@ def test_any_micro_batch_size_takes_the_same_step(shared):
     assert any((full[name] - start[name]).abs().max() > 1e-3 for name in full)
     for micro in (1, 2, 5):  # 5 leaves a rest: 5 + 5 + 2
         part = weights_after(micro)
-        for name in full:  # learning rate 1, plain SGD: the difference of weights is the difference of gradients
+        # Learning rate 1, plain SGD: the difference of weights is the difference of gradients.
+        for name in full:
             torch.testing.assert_close(part[name], full[name], rtol=0, atol=1e-6)
 
 
@@ -334,7 +352,8 @@ def test_one_optimizer_step_per_minibatch_of_equal_parts():
     opts[1].register_step_post_hook(lambda *_: steps.append("critic"))
     buffer = make_rollout(TinyActorCritic())
     metrics = update(model, buffer, opts=opts, epochs=2, minibatch_size=7, micro_batch_size=4)
-    assert steps.count("policy") == steps.count("critic") == 2 * 2  # 12 samples in mini-batches of 7: two of 6
+    # 12 samples in mini-batches of 7: two of 6.
+    assert steps.count("policy") == steps.count("critic") == 2 * 2
     assert metrics["losses/policy_steps"] == 4 and sizes == [4, 2] * 4
 
 
@@ -355,7 +374,9 @@ def test_first_ratio_is_one_and_a_mismatch_shows():
     model = TinyActorCritic()
     metrics = update(model, make_rollout(model), epochs=3, minibatch_size=6, micro_batch_size=2)
     assert metrics["losses/first_ratio_error"] < 1e-5 and metrics["losses/clipfrac"] >= 0
-    mismatch = update(model, make_rollout(TinyActorCritic(), temperature=1.0), minibatch_size=12, micro_batch_size=5)
+    mismatch = update(
+        model, make_rollout(TinyActorCritic(), temperature=1.0), minibatch_size=12, micro_batch_size=5
+    )
     assert mismatch["losses/first_ratio_error"] > 1e-3
 
 
@@ -363,7 +384,9 @@ def test_old_log_probs_stay_those_of_the_rollout():
     model = TinyActorCritic()
     buffer = make_rollout(model)
     before = buffer.log_probs.clone()
-    metrics = update(model, buffer, opts=optimizers(model, lr=5.0), epochs=4, minibatch_size=6, micro_batch_size=3)
+    metrics = update(
+        model, buffer, opts=optimizers(model, lr=5.0), epochs=4, minibatch_size=6, micro_batch_size=3
+    )
     assert torch.equal(buffer.log_probs, before)
     assert metrics["losses/approx_kl"] > 0 and metrics["losses/clipfrac"] > 0  # the clip is alive
 
@@ -427,13 +450,18 @@ def break_return(model, buffer):
 
 
 def break_critic(model, buffer):
-    model.value = lambda **observation: torch.full((len(observation["input_ids"]),), math.nan, requires_grad=True)
+    model.value = lambda **observation: torch.full(
+        (len(observation["input_ids"]),), math.nan, requires_grad=True
+    )
 
 
 def break_policy_gradient(model, buffer):
     # A finite loss whose gradient is not: the derivative of sqrt at 0.
     inner = model.evaluate_actions
-    model.evaluate_actions = lambda **kw: (inner(**kw)[0] + (model.logits.bias.sum() * 0).sqrt(), inner(**kw)[1])
+    model.evaluate_actions = lambda **kw: (
+        inner(**kw)[0] + (model.logits.bias.sum() * 0).sqrt(),
+        inner(**kw)[1],
+    )
 
 
 def break_critic_gradient(model, buffer):
@@ -462,7 +490,9 @@ def test_nan_is_named_and_never_reaches_the_weights(damage, quantity):
     assert not opts[0].state and not opts[1].state
 
 
-@pytest.mark.parametrize("name, quantity", [("rewards", "reward"), ("log_probs", "log-prob"), ("values", "value")])
+@pytest.mark.parametrize(
+    "name, quantity", [("rewards", "reward"), ("log_probs", "log-prob"), ("values", "value")]
+)
 def test_nan_from_the_rollout_is_named_with_its_place(name, quantity):
     buffer = make_rollout(TinyActorCritic())
     getattr(buffer, name)[1, 2] = math.nan

@@ -20,7 +20,15 @@ from support import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
-    vision_width=32, vision_blocks=2, vision_heads=2, width=32, layers=2, heads=2, mlp=64, image_size=32, patch_size=16
+    vision_width=32,
+    vision_blocks=2,
+    vision_heads=2,
+    width=32,
+    layers=2,
+    heads=2,
+    mlp=64,
+    image_size=32,
+    patch_size=16,
 )
 
 
@@ -30,7 +38,11 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     model = build_tiny(0, **SMALL)
     model.norm_stats["libero_object"] = {
-        "action": {"q01": [-1.0] * 3 + [0.0] * 4, "q99": [1.0] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}
+        "action": {
+            "q01": [-1.0] * 3 + [0.0] * 4,
+            "q99": [1.0] * 3 + [0.0] * 3 + [1.0],
+            "mask": [True] * 6 + [False],
+        }
     }
     model.save_pretrained(root / "policy")
     model.side_files["rprm.json"] = b"{}"
@@ -145,7 +157,8 @@ def test_a_run_leaves_what_it_promises(models, uninterrupted):
     assert sum(line.startswith("it ") for line in stdout.splitlines()) == 4
     start, end = (load_file(p / "model.safetensors") for p in (models / "policy", out / "policy"))
     moved = [k for k in end if not torch.equal(start[k], end[k])]
-    assert moved and all(k.startswith("language_model.model.layers") for k in moved)  # LoRA on the language side only
+    # LoRA on the language side only.
+    assert moved and all(k.startswith("language_model.model.layers") for k in moved)
 
 
 @pytest.mark.libero
@@ -169,12 +182,18 @@ def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path
     stdout, _ = _finish([sys.executable, "train.py", "--resume", str(out)])
     assert "resumed at iteration" in stdout
     assert _metrics(out) == _metrics(uninterrupted[0])
-    files = ["policy/model.safetensors"]  # and the critic, and the environments in the middle of their episodes
-    files += [f"checkpoints/000004/adapters/{x}" for x in ("critic/adapter_model.safetensors", "value_head.safetensors")]
+    # And the critic, and the environments in the middle of their episodes.
+    files = ["policy/model.safetensors"]
+    files += [
+        f"checkpoints/000004/adapters/{x}"
+        for x in ("critic/adapter_model.safetensors", "value_head.safetensors")
+    ]
     for name in files:
         ours, theirs = load_file(out / name), load_file(uninterrupted[0] / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    ours, theirs = (torch.load(x / "checkpoints/000004/state.pt", weights_only=True) for x in (out, uninterrupted[0]))
+    ours, theirs = (
+        torch.load(x / "checkpoints/000004/state.pt", weights_only=True) for x in (out, uninterrupted[0])
+    )
     assert all(torch.equal(ours["envs"][k], theirs["envs"][k]) for k in theirs["envs"])
     assert torch.equal(ours["samplers"], theirs["samplers"])
 
@@ -185,7 +204,9 @@ def test_a_run_of_an_earlier_version_is_resumed(models, uninterrupted, tmp_path)
     out = shutil.copytree(uninterrupted[0], tmp_path / "old")
     config = json.loads((out / "config.json").read_text())
     old = {**config, "lam": config.pop("gae_lambda"), "groups": 2, "from_scratch": False, "out": str(out)}
-    (out / "config.json").write_text(json.dumps({k: v for k, v in old.items() if k not in ("gae_lambda", "track")}))
+    (out / "config.json").write_text(
+        json.dumps({k: v for k, v in old.items() if k not in ("gae_lambda", "track")})
+    )
     shutil.rmtree(out / "checkpoints" / "000004")
     path = out / "checkpoints" / "000003"
     state = torch.load(path / "state.pt", weights_only=True)
@@ -226,14 +247,27 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
     stdout, stderr = run.communicate(timeout=60)
     assert f"{saved[-1]} is damaged" in stderr and f"resumed at iteration {int(saved[-1].name)}" in stdout
     newest = max((out / "checkpoints").iterdir())
-    assert torch.load(newest / "state.pt", weights_only=True)["policy_optimizer"]["param_groups"][0]["lr"] == 3e-6
+    assert (
+        torch.load(newest / "state.pt", weights_only=True)["policy_optimizer"]["param_groups"][0]["lr"]
+        == 3e-6
+    )
     # Other weights under the name that the run began with.
-    (out / "config.json").write_text(json.dumps({**config, "model": str(shutil.copytree(models / "policy", tmp_path / "m"))}))
+    (out / "config.json").write_text(
+        json.dumps({**config, "model": str(shutil.copytree(models / "policy", tmp_path / "m"))})
+    )
     weights = tmp_path / "m" / "model.safetensors"
     tensors = load_file(weights)
-    save_file({**tensors, "language_model.lm_head.weight": tensors["language_model.lm_head.weight"] + 1}, weights, {"format": "pt"})
+    save_file(
+        {**tensors, "language_model.lm_head.weight": tensors["language_model.lm_head.weight"] + 1},
+        weights,
+        {"format": "pt"},
+    )
     _, stderr = _finish([sys.executable, "train.py", "--resume", str(out)], code=1)
-    assert stderr.splitlines()[-1].startswith("error: ") and "put that back" in stderr and "Traceback" not in stderr
+    assert (
+        stderr.splitlines()[-1].startswith("error: ")
+        and "put that back" in stderr
+        and "Traceback" not in stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,8 +286,17 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, flags, what):
-    base = ["--model", str(models / "policy"), "--reward-model", str(models / "rprm"), "--out", str(tmp_path / "r")]
-    run = subprocess.run([sys.executable, "train.py", *base, *flags], cwd=ROOT, capture_output=True, text=True)
+    base = [
+        "--model",
+        str(models / "policy"),
+        "--reward-model",
+        str(models / "rprm"),
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    run = subprocess.run(
+        [sys.executable, "train.py", *base, *flags], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr, run.stderr
     assert len(run.stderr.strip().splitlines()) <= 2
     assert not (tmp_path / "r").exists()
@@ -263,10 +306,21 @@ def test_a_reward_model_of_another_model_is_refused_at_once(models, tmp_path):
     other = build_tiny(0, **{**SMALL, "image_size": 48})
     other.side_files["rprm.json"] = b"{}"
     other.save_pretrained(tmp_path / "other")
-    flags = ["--model", str(models / "policy"), "--reward-model", str(tmp_path / "other"), "--lora-targets", "all", "--task-ids", "0"]
+    flags = [
+        "--model",
+        str(models / "policy"),
+        "--reward-model",
+        str(tmp_path / "other"),
+        "--lora-targets",
+        "all",
+        "--task-ids",
+        "0",
+    ]
     command = [sys.executable, "train.py", *flags, "--out", str(tmp_path / "r")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and "trained from another model" in run.stderr and "Traceback" not in run.stderr
+    assert (
+        run.returncode == 1 and "trained from another model" in run.stderr and "Traceback" not in run.stderr
+    )
     assert len(run.stderr.strip().splitlines()) == 1 and not (tmp_path / "r").exists()
 
 

@@ -154,7 +154,8 @@ def test_which_statistics_serve_a_suite(capsys):
     both = {"libero_object_no_noops": {}, "libero_10": {}, "bridge_orig": {}}
     want = {
         "libero_object": "libero_object_no_noops",
-        "libero_object_swap": "libero_object_no_noops",  # LIBERO-PRO's variants are played with their base's numbers
+        # LIBERO-PRO's variants are played with their base's numbers.
+        "libero_object_swap": "libero_object_no_noops",
         "libero_10": "libero_10",
         "libero_10_lan": "libero_10",
         "bridge_orig": "bridge_orig",
@@ -341,7 +342,10 @@ def test_dtype_of_small_and_large_models(tmp_path, monkeypatch):
 def test_auto_takes_7b_where_it_is_downloaded_and_fits(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    name, flags = "openvla/openvla-7b-finetuned-libero-object", dict(num_envs=10, num_steps=128, critic="adapter")
+    name, flags = (
+        "openvla/openvla-7b-finetuned-libero-object",
+        dict(num_envs=10, num_steps=128, critic="adapter"),
+    )
     flags |= dict(lora_rank=32, micro_batch_size=8, gradient_checkpointing=False)
     assert choose_model("auto", "libero_object", flags)[1:] == ("tiny", "no GPU")
     gpu = types.SimpleNamespace(total_memory=80e9)
@@ -363,7 +367,11 @@ def test_auto_takes_7b_where_it_is_downloaded_and_fits(tmp_path, monkeypatch):
     ):
         gpu.total_memory = memory
         chosen = choose_model("auto", "libero_object", flags | extra)
-        assert chosen == what if isinstance(what, tuple) else chosen[1] == "tiny" and re.fullmatch(what, chosen[2])
+        assert (
+            chosen == what
+            if isinstance(what, tuple)
+            else chosen[1] == "tiny" and re.fullmatch(what, chosen[2])
+        )
     # One shard of two is still on its way: not downloaded.
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -156,7 +156,10 @@ def guarded(exc, capsys):
 
 
 def test_main_guard(capsys):
-    assert guarded(errors.UserError("no such suite:\n  libero"), capsys) == (1, "error: no such suite: libero\n")
+    assert guarded(errors.UserError("no such suite:\n  libero"), capsys) == (
+        1,
+        "error: no such suite: libero\n",
+    )
     assert guarded(KeyboardInterrupt(), capsys)[0] == 130
     full = OSError(errno.ENOSPC, "No space left on device", "/x")
     assert guarded(full, capsys) == (1, "error: No space left on device: /x\n")
@@ -223,9 +226,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch,
 def test_a_kill_during_the_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoint"
     path.write_text("old")
-    code = (
-        f"import os; from support import files; os.fsync = lambda fd: os.kill(os.getpid(), 9); files.atomic_write({str(path)!r}, 'new')"
-    )
+    code = f"import os; from support import files; os.fsync = lambda fd: os.kill(os.getpid(), 9); files.atomic_write({str(path)!r}, 'new')"
     assert run_python(code).returncode == -9
     assert path.read_text() == "old"
 
@@ -308,7 +309,9 @@ def test_missing_libraries_name_the_debian_packages(monkeypatch):
 
 
 def test_help_needs_no_heavy_import():
-    result = run_python("import sys; from support import cli, errors, files, machine, quiet; assert not {'torch', 'numpy', 'mujoco'} & set(sys.modules)")
+    result = run_python(
+        "import sys; from support import cli, errors, files, machine, quiet; assert not {'torch', 'numpy', 'mujoco'} & set(sys.modules)"
+    )
     assert result.returncode == 0, result.stderr
 
 
