@@ -244,7 +244,7 @@ class Training:
             {"params": matrices, "weight_decay": args.weight_decay},
             {"params": others, "weight_decay": 0.0},
         )
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
         self.step, self.seconds, self.running_loss, self.log = 0, 0.0, float("nan"), []
 
     def loss_and_logits(self, rows, pixel_values):
