@@ -17,31 +17,34 @@ SUITE=${SUITE:-libero_object}
 SEEDS=${SEEDS:-0 1 2}
 WORK=${WORK:-runs/evidence}
 RESULTS=${RESULTS:-results}
-FLAGS=${FLAGS:-} # more flags of every training
+EPISODES=${EPISODES:-20} # test episodes per task at the end
+FLAGS=${FLAGS:-}         # more flags of every training
 
-# evaluate POLICY DIRECTORY SEED FLAGS: 200 test episodes, or what FLAGS say.
+# evaluate SUITE POLICY DIRECTORY FLAGS
 evaluate() {
-  local policy=$1 out=$2 seed=$3
+  local suite=$1 policy=$2 out=$3
   shift 3
-  [ -e "$out/results.json" ] || $PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature 1.0 --episodes-per-task 20 \
-    --num-envs 16 --seed "$seed" --out "$out" "$@"
+  [ -e "$out/results.json" ] || $PY eval.py --suite "$suite" --checkpoint "$policy" --out "$out" --temperature 1.0 \
+    --episodes-per-task "$EPISODES" --num-envs 16 "$@"
 }
 
-# learn EXPERIMENT METHOD SEED FLAGS: one training, its policy on 200 test episodes, and what is small of both in RESULTS.
+# learn EXPERIMENT METHOD SEED FLAGS: one training, its policy on the test states, and what is small of both in RESULTS.
 learn() {
   local name=$1/$2-seed$3 run=$WORK/$SUITE/$1/$2-seed$3 seed=$3
   shift 3
   [ "$SUITE" = libero_object ] || name=$SUITE-$name
   runs+=("$RESULTS/$name")
   if [ ! -e "$RESULTS/$name/results.json" ]; then
-    if [ -e "$run/config.json" ]; then
+    if [ -e "$run/policy/config.json" ]; then
+      echo "have $run/policy"
+    elif [ -e "$run/config.json" ]; then
       $PY train.py --resume "$run"
     else
       # shellcheck disable=SC2086  # FLAGS holds several
       $PY train.py --suite "$SUITE" --seed "$seed" --start-episodes 0 --eval-every 40 --final-episodes 0 --video-every 0 \
         --out "$run" "$@" $FLAGS
     fi
-    evaluate "$run/policy" "$run/test" "$seed"
+    evaluate "$SUITE" "$run/policy" "$run/test" --seed "$seed"
     mkdir -p "$RESULTS/$name"
     cp "$run/config.json" "$run/metrics.jsonl" "$RESULTS/$name"
     cp "$run/test/results.json" "$RESULTS/$name"
@@ -71,8 +74,8 @@ states() {
     learn states protocol "$seed" --init-states protocol
     for run in table2/full states/protocol; do
       policy=$WORK/$SUITE/$run-seed$seed/policy
-      evaluate "$policy" "$RESULTS/$run-seed$seed/states" "$seed" --episodes-per-task 50
-      evaluate "$policy" "$RESULTS/$run-seed$seed/placements" "$seed" --episodes-per-task 50 --fresh
+      EPISODES=50 evaluate "$SUITE" "$policy" "$RESULTS/$run-seed$seed/states" --seed "$seed"
+      EPISODES=50 evaluate "$SUITE" "$policy" "$RESULTS/$run-seed$seed/placements" --seed "$seed" --fresh
     done
   done
   compare states
@@ -91,9 +94,7 @@ pro() {
   for change in lan task object swap; do
     for policy in "checkpoints/$SUITE/policy" "$WORK/$SUITE/table2/full-seed0/policy"; do
       which=$([[ $policy = checkpoints/* ]] && echo start || echo trained)
-      out=$RESULTS/pro/$SUITE-$change-$which
-      [ -e "$out/results.json" ] || $PY eval.py --suite "${SUITE}_$change" --checkpoint "$policy" --temperature 1.0 \
-        --episodes-per-task 20 --num-envs 16 --out "$out"
+      evaluate "${SUITE}_$change" "$policy" "$RESULTS/pro/$SUITE-$change-$which"
     done
   done
 }
