@@ -17,6 +17,7 @@ class Grasp:
     width: float  # what the closed fingers leave of the object, metres
     turns: bool = False  # the object is not round: follow its heading
     cost: float = 0.0
+    near: float = 0.014  # metres beside the point from which the fingers may close
 
 
 # Grasps at a point of the object's own frame, fingers closing along its x or y axis: (point, axis, width).
@@ -31,6 +32,7 @@ RIMS = {
     "white_yellow_mug": (0.043, 0.02, True),
     "red_coffee_mug": (0.040, 0.02, True),
 }
+RIM_NEAR = 0.024  # a rim may stand anywhere between the fingers, which are 8 cm apart
 # Handles that a lying hand can take from behind: point in the own frame.
 HANDLES = {
     "white_yellow_mug": (0.060, 0.0, 0.055),
@@ -101,7 +103,12 @@ def grasp_candidates(scene, name, place):
             offset[2] = high[2] - depth - rest[2]
             for rotation in vertical(scene, angle - np.pi / 2):
                 yield Grasp(
-                    offset, rotation, 0.03 if handle else 0.014, handle, 0.0 if np.sin(angle) > 0 else 0.002
+                    offset,
+                    rotation,
+                    0.03 if handle else 0.014,
+                    handle,
+                    0.0 if np.sin(angle) > 0 else 0.002,
+                    0.014 if handle else RIM_NEAR,
                 )
         return
     # As deep as the palm allows (the pads end 3.3 cm below it), and no lower than the fingers clear the floor.

@@ -111,7 +111,8 @@ class PickAndPlace:
         started = (
             scene.gap < 0.072
         )  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
-        near = (0.03, 0.035) if started else (0.014, 0.012)
+        close = self.grasp.near
+        near = (close + 0.016, 0.035) if started else (close, 0.012)
         if not scene.free and 0.004 < scene.gap < self.grasp.width + 0.005:
             near = (0.05, 0.06)  # something is held, and may hang aslant from its handle
         between = lateral < near[0] and abs(along) < near[1]
@@ -167,8 +168,8 @@ class PickAndPlace:
             return out
         if between:
             return command(scene, error, rotation, 0.0, 0.3, 0.2)  # close, holding still
-        # Down a funnel: full clearance outside 4 cm, the grasp height within 1 cm, higher still when far away.
-        funnel = self.clearance * np.clip((lateral - 0.01) / 0.03, 0.0, 1.0)
+        # Down a funnel: the grasp height where the fingers may close, full clearance 3 cm outside, higher still when far away.
+        funnel = self.clearance * np.clip((lateral - close + 0.004) / 0.03, 0.0, 1.0)
         if turned > 0.3:
             funnel = self.clearance
         if self.upright:
