@@ -1,8 +1,14 @@
 """experts/: each skill on one real task, and what the experts promise: reactive, clean labels, goals from the BDDL."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
 import numpy as np
 import pytest
 
+import demos
 from experts import Expert, covered_tasks, disturb, goal_of
 from experts.scene import half_turn, rotation_vector, turn
 from simulator.suites import max_steps
@@ -95,3 +101,41 @@ def test_angles():
             np.sin(2 * half_turn(angle)), np.sin(2 * angle)
         )
         np.testing.assert_allclose(rotation_vector(turn(angle)), [0, 0, angle], atol=1e-6)
+
+
+def test_labels_anew_from_recorded_states(tmp_path):
+    """The same expert gives the recorded labels again, from another process: the states say all that they depend on. The task's
+    fixtures stand elsewhere in each episode, and the second demonstration is not planned as the first."""
+    task, paths = TaskSim("libero_goal", 4), [tmp_path / "old" / "a.hdf5", tmp_path / "new" / "a.hdf5"]
+    assert len(task.moved_bodies)
+    recorded, episode = [], task.episode()
+    for k in range(2):
+        recorded.append(demos.record_episode(episode, np.random.default_rng(k), demos.Args(), 120)[0])
+    scribbled = [{**demo, "clean_actions": 0 * demo["clean_actions"]} for demo in recorded]
+    demos.write_demos(paths[0], scribbled, 4, task.instruction, **demos.task_attributes(task))
+    task.close()
+
+    def relabel(data, out):
+        command = [sys.executable, "-m", "experts.relabel", "--data", str(data), "--out", str(out)]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+
+    done, count = relabel(tmp_path / "old", tmp_path / "new"), sum(len(demo["actions"]) for demo in recorded)
+    assert done.returncode == 0 and f"{count} of {count} labels changed" in done.stdout, done
+    with h5py.File(paths[1]) as f:
+        for k, demo in enumerate(recorded):
+            new, old = f[f"data/demo_{k}/clean_actions"][:], demo["clean_actions"]
+            # MuJoCo's poses are those before the last of a step's substeps, 2 ms older than its state; a start is exact.
+            error = np.abs(new - old).max(axis=1)
+            assert (error < 0.02).mean() > 0.9 and error[0] < 1e-6, error
+            assert np.array_equal(f[f"data/demo_{k}/actions"][:], demo["actions"])
+    same, nothing = relabel(tmp_path / "old", tmp_path / "old"), relabel(tmp_path / "none", tmp_path / "x")
+    with h5py.File(paths[0], "r+") as f:
+        del f["data"].attrs["task_id"]
+    official = relabel(tmp_path / "old", tmp_path / "y")
+    for run, words in (
+        (same, "would be lost"),
+        (nothing, "no HDF5 files"),
+        (official, "not recorded by demos.py"),
+    ):
+        assert run.returncode == 1 and words in run.stderr and run.stderr.count("error:") == 1, run.stderr
+    assert not list((tmp_path / "y").iterdir())
