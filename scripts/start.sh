@@ -14,10 +14,13 @@ WORK=${3:-runs/start/$SUITE}
 PY=${PY:-.venv/bin/python}
 policy=$DIRECTORY/policy rprm=$DIRECTORY/rprm
 
-DEMOS=${DEMOS:-60}       # demonstrations per task
-SFT=${SFT:-}             # flags of sft.py, such as "--steps 14000"
-STRAYED=${STRAYED:-0}    # more of them per task in which the imitation policy acts half of the time (DAgger); it learns on from both
-SFT2=${SFT2:-}           # flags of that second training
+# Demonstrations per task; and for each number in STRAYED a round of so many more in which the policy so far acts half of the
+# time (DAgger), after which it learns on. libero_object needs no round.
+case $SUITE in
+libero_object) DEMOS=${DEMOS:-60} STRAYED=${STRAYED-} ;;
+*) DEMOS=${DEMOS:-100} STRAYED=${STRAYED-25 30} ;;
+esac
+SFT=${SFT:-}              # flags of every training of sft.py, such as "--steps 14000"
 ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
 
 has() { [ -e "$1" ] && echo "have $1"; }
@@ -39,20 +42,29 @@ imitate() {
   fi
 }
 
-# 2. Imitation. With STRAYED a first policy shows where it strays to, and a second one learns on from both kinds.
-# shellcheck disable=SC2086  # SFT and SFT2 hold several flags
-if [ "$STRAYED" = 0 ]; then
-  imitate "$policy" --data "$WORK/data" $SFT
-else
-  imitate "$WORK/first" --data "$WORK/data" $SFT
-  has "$WORK/both/$SUITE" || {
-    $PY demos.py --suite "$SUITE" --num-demos "$STRAYED" --policy "$WORK/first" --seed 1 --out "$WORK/both.part"
-    ln -sf "$(realpath "$WORK/data/$SUITE")"/*.hdf5 "$WORK/both.part/$SUITE"
-    mkdir -p "$WORK/both"
-    mv "$WORK/both.part/$SUITE" "$WORK/both/$SUITE"
-  }
-  imitate "$policy" --data "$WORK/both" --init "$WORK/first" $SFT2
-fi
+# 2. Imitation, and the rounds in which the policy shows where it strays to.
+has "$policy/config.json" || {
+  # shellcheck disable=SC2086  # SFT holds several flags
+  imitate "$WORK/policy0" --data "$WORK/data" $SFT
+  round=0
+  for number in $STRAYED; do
+    last=$WORK/policy$round round=$((round + 1))
+    has "$WORK/strayed$round" || {
+      $PY demos.py --suite "$SUITE" --num-demos "$number" --policy "$last" --seed "$round" --out "$WORK/strayed.part"
+      mkdir -p "$WORK/all/$SUITE"
+      ln -sf "$(realpath "$WORK/data/$SUITE")"/*.hdf5 "$WORK/all/$SUITE"
+      for file in "$WORK/strayed.part/$SUITE"/*_demo.hdf5; do
+        mv "$file" "$WORK/all/$SUITE/$(basename "$file" _demo.hdf5)_round${round}_demo.hdf5"
+      done
+      mv "$WORK/strayed.part" "$WORK/strayed$round"
+    }
+    # shellcheck disable=SC2086
+    imitate "$WORK/policy$round" --data "$WORK/all" --init "$last" $SFT
+  done
+  mkdir -p "$DIRECTORY"
+  cp -r "$WORK/policy$round" "$policy.part"
+  mv "$policy.part" "$policy"
+}
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.
 has "$WORK/rollouts" || {
