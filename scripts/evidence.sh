@@ -51,7 +51,12 @@ learn() {
   fi
 }
 
-compare() { $PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$RESULTS/$1.png" | tee "$RESULTS/$1.md"; }
+# compare NAME FLAGS: figure and table of all `runs`.
+compare() {
+  local name=$1
+  shift
+  $PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$RESULTS/$name.png" "$@" | tee "$RESULTS/$name.md"
+}
 
 table2() {
   runs=()
@@ -78,7 +83,8 @@ states() {
       EPISODES=50 evaluate "$SUITE" "$policy" "$RESULTS/$run-seed$seed/placements" --seed "$seed" --fresh
     done
   done
-  compare states
+  compare states --results states/results.json
+  compare states-placements --results placements/results.json
 }
 
 budget() {

@@ -37,7 +37,7 @@ def _figure(**settings):
     return Figure(**settings)
 
 
-def read_run(directory):
+def read_run(directory, results_file="results.json"):
     """(config, lines of metrics.jsonl, results.json or {}) of a run directory of train.py."""
     directory = Path(directory)
     try:
@@ -45,7 +45,7 @@ def read_run(directory):
         # A line that is being written has no end yet.
         text = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
         lines = [json.loads(line) for line in text if line.endswith("\n")]
-        path = directory / "results.json"
+        path = directory / results_file
         results = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as exc:
         raise UserError(
@@ -139,15 +139,16 @@ def plot_curve(lines, path, title, results=()):
     _save_png(figure, path)
 
 
-def compare(runs, path):
+def compare(runs, path, results_file="results.json"):
     """Success against decisions of several methods: a thin line for each run, a thick one for the mean over seeds.
 
     runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds.
+    results_file: what has the last evaluation, in each directory.
     Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
     """
     methods = {}  # name -> {seed: evaluation points}
     for run in runs:
-        config, lines, results = read_run(run)
+        config, lines, results = read_run(run, results_file)
         points = evaluation_points(lines, results)
         if not points:
             raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
@@ -532,6 +533,7 @@ class PageArgs:
 class CompareArgs:
     runs: list[str] = field(metadata={"help": "run directories METHOD-seedS of train.py, comma-separated"})
     out: str = flag("runs/comparison.png", "PNG to write")
+    results: str = flag("results.json", "in each directory, the file with the last evaluation")
 
 
 @main_guard
@@ -544,7 +546,7 @@ def main():
         ),
     }
     command, args = parse_command(commands, "What finished and running trainings show.")
-    print(write_report(args.run) if command == "page" else compare(args.runs, args.out))
+    print(write_report(args.run) if command == "page" else compare(args.runs, args.out, args.results))
 
 
 if __name__ == "__main__":
