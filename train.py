@@ -57,7 +57,7 @@ class Args:
     reward_model: Optional[str] = flag(
         "auto",
         "RPRM checkpoint directory (tiny, or a tuned VLM), or a stock VLM of transformers (directory or hub id), asked "
-        "zero-shot; auto: the RPRM beside openvla-tiny's policy",
+        "zero-shot; auto: the RPRM beside openvla-tiny's policy, if there is one",
     )
     unnorm_key: Optional[str] = flag(
         None, "which action statistics of the checkpoint to use", default="by the suite"
@@ -406,7 +406,8 @@ def fill_defaults(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.reward_model == "auto":
-        args.reward_model = str(Path(args.model).parent / "rprm") if size == "tiny" else None
+        beside = Path(args.model).parent / "rprm"
+        args.reward_model = str(beside) if size == "tiny" and beside.is_dir() else None
     if args.reward_model is None and args.prm_mode not in (None, "none"):
         raise UserError(
             "no RPRM for this policy: train one with `python reward_model.py train`, give it with --reward-model, "
@@ -426,7 +427,7 @@ def banner(args, actor_critic, which, ranks, iterations):
     """The run in a few lines."""
     adapters = sum(p.numel() for p in actor_critic.policy_parameters()) / 1e6
     several = "" if ranks.size == 1 else f" on {ranks.size} ranks" + ", the backbone sharded" * args.shard
-    rprm = "" if args.prm_mode == "none" else f" + {args.prm_weight} x RPRM ({args.prm_mode})"
+    rprm = ", no RPRM" if args.prm_mode == "none" else f" + {args.prm_weight} x RPRM ({args.prm_mode})"
     repeat = actor_critic.model.action_repeat
     lines = (
         f"VLA-RL  {args.suite}, tasks {','.join(map(str, args.task_ids))}",

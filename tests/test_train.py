@@ -360,3 +360,21 @@ def test_state_survives_weights_only(tmp_path):
     back = checkpoints.to_numpy(torch.load(tmp_path / "x.pt", weights_only=True))
     np.testing.assert_array_equal(back["a"]["b"], tree["a"]["b"])
     assert back["a"]["c"] == 2.5 and back["d"].dtype == bool and (back["e"], back["f"]) == ("text", 1)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("suite", sorted(folder.parent.name for folder in ROOT.glob("checkpoints/*/policy")))
+def test_each_suite_with_a_shipped_policy_starts_at_once(suite, tmp_path):
+    """With the defaults, but one task and few decisions; the policy's statistics are those of its suite."""
+    few = "--task-ids 1 --num-envs 2 --num-steps 4 --total-steps 8 --critic-warmup 0 --advantage-floor 0 --start-episodes 0"
+    flags = [*few.split(), "--final-episodes", "0", "--eval-every", "0", "--video-every", "0"]
+    stdout, _ = _finish(
+        [sys.executable, "train.py", "--suite", suite, *flags, "--out", str(tmp_path / "run")]
+    )
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert Path(config["model"]).resolve() == ROOT / "checkpoints" / suite / "policy", stdout
+    has_rprm = (ROOT / "checkpoints" / suite / "rprm").is_dir()
+    assert config["prm_mode"] == ("potential" if has_rprm else "none")
+    (metrics,) = _metrics(tmp_path / "run")
+    assert metrics["charts/decisions"] == 8 and metrics["losses/first_ratio_error"] < 1e-3
+    assert suite in json.loads((tmp_path / "run" / "policy" / "config.json").read_text())["norm_stats"]
