@@ -19,6 +19,12 @@ class Grasp:
     cost: float = 0.0
     near: float = 0.014  # metres beside the point from which the fingers may close
 
+    @property
+    def closed(self):
+        """Metres between the pads below which the object counts as held. Generous for thin things, so that the lift begins
+        while the fingers still look half open: a policy without memory cannot tell "closing" from "closed" on a rim."""
+        return max(self.width + 0.005, 0.03)
+
 
 # Grasps at a point of the object's own frame, fingers closing along its x or y axis: (point, axis, width).
 POINTS = {

@@ -88,11 +88,7 @@ class PickAndPlace:
         error = np.linalg.norm(self.scene.eef - self.grip()[0])
         left = np.linalg.norm((self.place.position() - self.scene.objects[self.name])[:2])
         high = self.scene.eef[2] > self.release_height + self.place.slack
-        return (
-            error < 0.05
-            and self.scene.gap < self.grasp.width + 0.005
-            and (left > self.place.tolerance or high)
-        )
+        return error < 0.05 and self.scene.gap < self.grasp.closed and (left > self.place.tolerance or high)
 
     def leave(self):
         scene = self.scene
@@ -113,10 +109,10 @@ class PickAndPlace:
         )  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
         close = self.grasp.near
         near = (close + 0.016, 0.035) if started else (close, 0.012)
-        if not scene.free and 0.004 < scene.gap < self.grasp.width + 0.005:
+        if not scene.free and 0.004 < scene.gap < self.grasp.closed:
             near = (0.05, 0.06)  # something is held, and may hang aslant from its handle
         between = lateral < near[0] and abs(along) < near[1]
-        gripping = between and scene.gap < self.grasp.width + 0.005
+        gripping = between and scene.gap < self.grasp.closed
         moved = np.linalg.norm(obj - self.rest)
         turned = 0.0
         if self.turning:
@@ -163,8 +159,10 @@ class PickAndPlace:
                 out[:2] = command(scene, np.array([*escape, 0.0]))[:2]
                 if np.linalg.norm(escape) > 0.01:
                     out[2] = command(scene, np.array([0.0, 0.0, rest_height + 0.03 - eef[2]]))[2]
-            if moved < 0.008:
-                out[:3] *= 0.5  # the first centimetre slowly, while the fingers still tighten
+            if scene.gap > self.grasp.width + 0.005:
+                out[:3] *= 0.25  # the fingers are still closing
+            elif moved < 0.008:
+                out[:3] *= 0.5  # the first centimetre slowly, while they still tighten
             return out
         if between:
             return command(scene, error, rotation, 0.0, 0.3, 0.2)  # close, holding still
