@@ -8,7 +8,7 @@
 #   budget    five times the decisions (2 seeds)
 #   pro       start and trained policy on LIBERO-PRO's variants of the suite
 #
-# SUITE=libero_object and SEEDS="0 1 2" are environment variables. What is small of each run goes to results/EXPERIMENT/RUN, the
+# SUITE=libero_object (others keep theirs in results/SUITE) and SEEDS="0 1 2" are environment variables. What is small of each run goes to results/EXPERIMENT/RUN, the
 # rest stays in runs/evidence. A run takes half an hour on 2 cores. What is there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,7 @@ SUITE=${SUITE:-libero_object}
 SEEDS=${SEEDS:-0 1 2}
 WORK=${WORK:-runs/evidence}
 RESULTS=${RESULTS:-results}
+[ "$SUITE" = libero_object ] || RESULTS=$RESULTS/$SUITE
 EPISODES=${EPISODES:-20} # test episodes per task at the end
 FLAGS=${FLAGS:-}         # more flags of every training
 
@@ -32,7 +33,6 @@ evaluate() {
 learn() {
   local name=$1/$2-seed$3 run=$WORK/$SUITE/$1/$2-seed$3 seed=$3
   shift 3
-  [ "$SUITE" = libero_object ] || name=$SUITE-$name
   runs+=("$RESULTS/$name")
   if [ ! -e "$RESULTS/$name/results.json" ]; then
     if [ -e "$run/policy/config.json" ]; then
@@ -100,7 +100,7 @@ pro() {
   for change in lan task object swap; do
     for policy in "checkpoints/$SUITE/policy" "$WORK/$SUITE/table2/full-seed0/policy"; do
       which=$([[ $policy = checkpoints/* ]] && echo start || echo trained)
-      evaluate "${SUITE}_$change" "$policy" "$RESULTS/pro/$SUITE-$change-$which"
+      evaluate "${SUITE}_$change" "$policy" "$RESULTS/pro/$change-$which"
     done
   done
 }

@@ -46,7 +46,8 @@ def read_run(directory, results_file="results.json"):
         text = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
         lines = [json.loads(line) for line in text if line.endswith("\n")]
         path = directory / results_file
-        results = json.loads(path.read_text()) if path.exists() else {}
+        asked_for = results_file != "results.json"  # that one a run has only when it is done
+        results = json.loads(path.read_text()) if asked_for or path.exists() else {}
     except (OSError, ValueError) as exc:
         raise UserError(
             f"{directory} is not a run directory of train.py ({type(exc).__name__}: {exc})"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_train
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,17 +26,7 @@ from support.errors import UserError
 from support.training import load_state, save_state
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = dict(
-    vision_width=32,
-    vision_blocks=2,
-    vision_heads=2,
-    width=32,
-    layers=2,
-    heads=2,
-    mlp=64,
-    image_size=32,
-    patch_size=8,
-)
+SMALL = {**test_train.SMALL, "patch_size": 8}
 
 
 @given(st.integers(1, 6), st.integers(0, 20), st.integers(0, 2**31))

@@ -99,6 +99,8 @@ def test_comparison_takes_seeds_as_samples_and_prefers_the_longer_final_evaluati
     by_eval = json.dumps(
         {"total": {"successes": 30, "episodes": 60}}
     )  # eval.py's, of the run's policy: no start policy there
+    with pytest.raises(UserError, match="elsewhere.json"):  # not its other evaluations instead
+        report.compare(names[3:4], tmp_path / "plot.png", "elsewhere.json")
     (Path(names[3]) / "elsewhere.json").write_text(by_eval)
     assert "| none | 50.0 | " in report.compare(names[3:4], tmp_path / "plot.png", "elsewhere.json")
     (Path(names[3]) / "results.json").write_text(by_eval)
