@@ -1,7 +1,7 @@
 """Imitation: from demonstrations to the policy that reinforcement learning starts from (supervised fine-tuning).
 
 OpenVLA learns to act as a language model learns to write: each of the 7 action dimensions is one token, and the loss is the
-cross entropy of the demonstrated tokens given image, instruction and the tokens before them (teacher forcing). Four things
+cross entropy of the demonstrated tokens given image, instruction and the tokens before them (teacher forcing). Five things
 around that loss:
 
 * Statistics. The 1st and 99th percentile of every action dimension bound what is mapped to [-1, 1] and put into 256 bins.
@@ -10,6 +10,10 @@ around that loss:
   the target of a translation is a narrow Gaussian over bins (`--label-sigma`); 0 is plain cross entropy. Rotations keep one-hot
   targets: nearly all are close to zero, a few turns set their range, and where zero lies at its end a Gaussian that is cut off
   there leans inwards. Sampled at each decision, that turned the hand by 90 degrees in a few seconds.
+* A prefix as the policy will sample it. With soft targets the tokens before the one that is learnt are drawn from their
+  targets too. Given the demonstrated ones, the model read from them what the picture should tell: the expert lifts with
+  sideways motion of exactly zero, so "lift" came to follow from that very bin, which sampling rarely hits, and the policy
+  held the bowl without lifting it.
 * Augmentation, as in official training: a random crop of 90 % of the area, and colour jitter.
 * An average. The saved weights are an exponential moving average over the steps, which acts better in closed loop.
 
@@ -203,6 +207,12 @@ class Dataset:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def soft_targets(bins, sigma, num_bins=256):
+    """Gaussians of width `sigma` bins around `bins` (...) int64, cut off at the ends: probabilities (..., num_bins) float32."""
+    distance = torch.arange(num_bins, device=bins.device) - bins[..., None]
+    return torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
+
+
 def action_loss(logits, bins, sigma, soft):
     """Cross entropy of the action tokens, with Gaussian targets over neighbouring bins where that makes sense.
 
@@ -213,9 +223,19 @@ def action_loss(logits, bins, sigma, soft):
     hard = -log_p.gather(-1, bins[..., None])[..., 0]
     if sigma == 0 or not soft.any():
         return hard
-    distance = torch.arange(logits.shape[-1], device=logits.device) - bins[..., None]
-    target = torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
+    target = soft_targets(bins, sigma, logits.shape[-1])
     return torch.where(soft, -(target * log_p).sum(-1), hard)
+
+
+def draw_prefix(bins, sigma, soft, generator):
+    """Bins (B, 7) as a policy that has learnt the targets of `action_loss` samples them: what the next token then follows.
+
+    bins (B, 7) int64, sigma and soft as above; generator: of the CPU, where bins are.
+    """
+    if sigma == 0 or not soft.any():
+        return bins
+    drawn = torch.multinomial(soft_targets(bins, sigma).flatten(0, -2), 1, generator=generator).view_as(bins)
+    return torch.where(soft, drawn, bins)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,12 +267,21 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
         self.step, self.seconds, self.running_loss, self.log = 0, 0.0, float("nan"), []
 
-    def loss_and_logits(self, rows, pixel_values):
+    def draw_prefixes(self, rows, generator):
+        """Tokens (B, 7) that the tokens of frames `rows` are learnt behind."""
+        bins = self.model.action_tokenizer.token_to_bin(self.tokens[rows])
+        drawn = draw_prefix(bins, self.args.label_sigma, self.soft[rows], generator)
+        return self.model.action_tokenizer.bin_to_token(drawn)
+
+    def loss_and_logits(self, rows, prefixes, pixel_values):
         """Next-token prediction of frames `rows`: loss (B, 7) nats, logits (B, 7, 256), demonstrated bins (B, 7)."""
-        device, prompt, tokens = self.model.device, self.data.instruction[rows], self.tokens[rows]
-        bins = self.model.action_tokenizer.token_to_bin(tokens).to(device)
+        device, prompt = self.model.device, self.data.instruction[rows]
+        bins = self.model.action_tokenizer.token_to_bin(self.tokens[rows]).to(device)
         logits = self.model.action_logits(
-            self.input_ids[prompt], self.mask[prompt], tokens.to(device), pixel_values=pixel_values.to(device)
+            self.input_ids[prompt],
+            self.mask[prompt],
+            prefixes.to(device),
+            pixel_values=pixel_values.to(device),
         )
         return action_loss(logits, bins, self.args.label_sigma, self.soft[rows].to(device)), logits, bins
 
@@ -267,12 +296,15 @@ class Training:
         drawn = torch.randint(len(self.train_rows), (args.batch_size,), generator=self.generator)
         rows = self.train_rows[drawn]
         pixels = crop_and_normalize(self.data.images(rows), "random", args.jitter, self.generator)
+        prefixes = self.draw_prefixes(rows, self.generator)
 
         # The loss is a mean over the mini-batch, its gradient the sum over micro-batches and ranks.
         self.optimizer.zero_grad(set_to_none=True)
         losses, own = [], torch.arange(args.batch_size)[self.ranks.rank :: self.ranks.size]
         for micro in own.split(args.micro_batch_size or args.batch_size):
-            loss = self.loss_and_logits(rows[micro], pixels[micro])[0].mean() * (len(micro) / args.batch_size)
+            loss = self.loss_and_logits(rows[micro], prefixes[micro], pixels[micro])[0].mean() * (
+                len(micro) / args.batch_size
+            )
             loss.backward()
             losses.append(loss.detach())
         loss = self.ranks.sum_(torch.stack(losses).sum())
@@ -312,9 +344,12 @@ class Training:
         if not len(self.held_rows):
             return {}
         sums = torch.zeros(4)
-        own = self.held_rows[self.ranks.rank :: self.ranks.size]
-        for rows in own.split(self.args.micro_batch_size or 256) if len(own) else ():
-            loss, logits, bins = self.loss_and_logits(rows, crop_and_normalize(self.data.images(rows)))
+        prefixes = self.draw_prefixes(self.held_rows, torch.Generator().manual_seed(0))  # the same every time
+        own = torch.arange(len(self.held_rows))[self.ranks.rank :: self.ranks.size]
+        for part in own.split(self.args.micro_batch_size or 256) if len(own) else ():
+            rows = self.held_rows[part]
+            pixels = crop_and_normalize(self.data.images(rows))
+            loss, logits, bins = self.loss_and_logits(rows, prefixes[part], pixels)
             off = (logits.argmax(-1) - bins).abs()
             exact, near = (off == 0).float(), (off <= 5).float()
             sums += torch.stack((loss.mean(1), exact.mean(1), near.mean(1), exact[:, 6])).sum(1).cpu()
