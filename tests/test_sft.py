@@ -86,6 +86,81 @@ def test_loss_against_a_loop():
     )
 
 
+def _demo(images, actions):
+    """A demonstration of T pictures, stored as given, and actions, with zeros for all else that a file holds."""
+    sizes = dict(states=5, robot_states=9, ee_pos=3, ee_ori=3, ee_states=6, gripper_states=2, joint_states=7)
+    return {
+        "actions": actions,
+        "agentview_rgb": images,
+        **{k: np.zeros((len(actions), n)) for k, n in sizes.items()},
+    }
+
+
+def test_prefixes_follow_the_targets():
+    """Drawn as often as the targets say, at a range's end too; where targets are one-hot, the demonstrated bin."""
+    soft = torch.tensor([True] * 3 + [False] * 4)
+    bins = torch.tensor([[100, 255, 3, 50, 0, 255, 7]]).expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sft.draw_prefix(bins, 8.0, soft, generator)
+    assert torch.equal(drawn[:, 3:], bins[:, 3:])
+    for k in range(3):
+        share = torch.bincount(drawn[:, k], minlength=256) / len(drawn)
+        expected = np.exp(-0.5 * ((np.arange(256) - bins[0, k].item()) / 8.0) ** 2)
+        expected = torch.from_numpy(expected / expected.sum())
+        error = (expected * (1 - expected) / len(drawn)).sqrt()
+        assert ((share - expected).abs() < 5 * error + 1e-4).all()
+    assert torch.equal(sft.draw_prefix(bins, 0.0, soft, generator), bins)
+
+
+def test_an_action_that_its_prefix_gives_away_is_learnt_from_the_picture(tmp_path):
+    """Demonstrations whose x is exactly zero wherever z goes up: the sampled policy, whose x is not exact, still goes up."""
+    rng = np.random.default_rng(0)
+    up, down, elsewhere = range(3)
+
+    def picture(kind):
+        frame = rng.integers(0, 40, (32, 32, 3), dtype=np.uint8)
+        where = {up: np.s_[:, 16:], down: np.s_[:, :16], elsewhere: np.s_[:]}[kind]
+        frame[where] += 180 if kind == elsewhere else 60
+        return frame
+
+    def demo():
+        kinds = rng.integers(0, 3, 12)
+        x = {
+            up: lambda: 0.0,
+            down: lambda: rng.choice([-1, 1]) * rng.uniform(0.02, 0.1),
+            elsewhere: lambda: rng.uniform(-1, 1),
+        }
+        actions = np.zeros((12, 7))
+        actions[:, 0] = [x[kind]() for kind in kinds]
+        actions[:, 2], actions[:, 6] = np.where(kinds == up, 0.8, -0.8), 1
+        return _demo(np.stack([picture(kind)[::-1, ::-1] for kind in kinds]), actions)
+
+    demos.write_demos(
+        tmp_path / "libero_object" / "task_0_demo.hdf5", [demo() for _ in range(30)], 4, "task 0"
+    )
+    build_tiny(0, ["task", "0"], **SMALL).save_pretrained(tmp_path / "init")
+    args = sft.Args(init=str(tmp_path / "init"), steps=200, lr=3e-3, warmup=10, ema=0.9, jitter=0, held_out=0)
+    model, weights, _ = sft.prepare_model(args, "cpu")
+    training = sft.Training(
+        args,
+        model,
+        weights,
+        sft.Dataset({"libero_object": tmp_path / "libero_object"}, model.image_size, model.action_repeat),
+    )
+    for step in range(1, 201):
+        training.train_step(step)
+    kinds = np.arange(100) % 2
+    with training.averaged_weights(), torch.no_grad():
+        ids, mask = model.tokenize(["task 0"] * 100)
+        frames = model.preprocess(np.stack([picture(kind) for kind in kinds]))
+        tokens = model.generate_actions(
+            ids, frames, mask, temperature=1.0, generator=torch.Generator().manual_seed(0)
+        ).tokens
+        z = model.decode_actions(tokens, "libero_object")[:, 2]
+    assert (z[kinds == up] > 0).mean() > 0.7  # 0.2 behind the demonstrated prefix
+    assert (z[kinds == down] > 0).mean() < 0.3
+
+
 def _write_demos(directory, repeat=4, tasks=2):
     """Two tasks whose action follows from the image: a bright half says which way to go."""
     rng = np.random.default_rng(0)
@@ -99,19 +174,7 @@ def _write_demos(directory, repeat=4, tasks=2):
                 images[t, :, 16 * side[t] : 16 * side[t] + 16] += 180
             actions = np.zeros((T, 7))
             actions[:, 0], actions[:, 6] = np.where(side == 1, 0.8, -0.8), np.where(side == 1, 1, -1)
-            states = {
-                k: np.zeros((T, n))
-                for k, n in (
-                    ("states", 5),
-                    ("robot_states", 9),
-                    ("ee_pos", 3),
-                    ("ee_ori", 3),
-                    ("ee_states", 6),
-                    ("gripper_states", 2),
-                    ("joint_states", 7),
-                )
-            }
-            out.append({"actions": actions, "agentview_rgb": images, **states})
+            out.append(_demo(images, actions))
         demos.write_demos(directory / f"task_{task}_demo.hdf5", out, repeat, f"task {task}")
 
 
@@ -318,7 +381,7 @@ def test_adapters_in_bfloat16_resume_exactly_and_merge(official, tmp_path):
     theirs = merged.action_logits(
         training.input_ids[prompt], training.mask[prompt], training.tokens[rows], pixel_values=pixels
     )
-    ours = training.loss_and_logits(rows, pixels)[1]
+    ours = training.loss_and_logits(rows, training.tokens[rows], pixels)[1]
     plain = OpenVLA.from_pretrained(official[3], dtype=torch.bfloat16)
     start = plain.action_logits(
         training.input_ids[prompt], training.mask[prompt], training.tokens[rows], pixel_values=pixels
