@@ -33,6 +33,7 @@ DEFAULTS = {
         temperature=1.5, epochs=1, minibatch_size=128, micro_batch_size=8, lora_targets="all", eval_temperature=0.0,
     ),
 }  # fmt: skip
+LONG_SUITES = ("libero_10", "libero_90")  # many of their tasks are two in a row
 
 
 def by_size(name, help, **metadata):
@@ -77,7 +78,9 @@ class Args:
         "num_steps", "decisions per environment and rollout M", min=1, max=100_000
     )
     max_episode_steps: Optional[int] = by_size(
-        "max_episode_steps", "control steps that cut a training episode", min=1
+        "max_episode_steps",
+        "control steps that cut a training episode; twice the default on libero_10 and libero_90",
+        min=1,
     )
     num_workers: Optional[int] = flag(None, "simulator processes of a rank", default="one per core", min=1)
     worker_timeout: float = flag(
@@ -402,6 +405,8 @@ def fill_defaults(args):
     args.task_ids = check_task_ids(args.suite, args.task_ids)
     given = {name: value for name, value in vars(args).items() if value is not None}
     args.model, size, reason = choose_model(args.model, args.suite, DEFAULTS["7B"] | given)
+    if args.max_episode_steps is None and args.suite.startswith(LONG_SUITES):
+        args.max_episode_steps = 2 * DEFAULTS[size]["max_episode_steps"]
     for name, value in DEFAULTS[size].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

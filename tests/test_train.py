@@ -373,6 +373,7 @@ def test_each_suite_with_a_shipped_policy_starts_at_once(suite, tmp_path):
     )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Path(config["model"]).resolve() == ROOT / "checkpoints" / suite / "policy", stdout
+    assert config["max_episode_steps"] == (320 if suite == "libero_10" else 160)
     has_rprm = (ROOT / "checkpoints" / suite / "rprm").is_dir()
     assert config["prm_mode"] == ("potential" if has_rprm else "none")
     (metrics,) = _metrics(tmp_path / "run")
