@@ -70,7 +70,8 @@ class Expert:
         """Open it first; and before that, push the thing away from where the hand would have no room under the open drawer."""
         scene, name = self.scene, g[1]
         drawer = Drawer(scene, g[2], True)
-        ahead = max(0.0, OPENED + drawer.position()) * drawer.outward
+        # It does not stop where the hand lets go, but at its end.
+        ahead = (drawer.position() - scene.sim.model.jnt_range[drawer.joint, 0]) * drawer.outward
         scene.look()
         scene.low[drawer.mine] += ahead  # plan for the drawer as it will be
         scene.high[drawer.mine] += ahead
@@ -81,6 +82,7 @@ class Expert:
         scene.look()
         skills = [(g, drawer, "prerequisite"), (g, pick, "goal")]
         if aside > 0.0:
+            aside += 0.025  # a disturbed hand that touches the drawer pushes it shut
             target = scene.objects[name] + (aside + 0.02) * drawer.outward
             self.aside = aside
             skills.insert(0, (g, Push(scene, name, target), "aside"))

@@ -212,7 +212,7 @@ class Drawer:
     def around(self):
         _, out, lateral = self.parts()
         lying = angle_between(self.rotation, self.scene.eef_mat) < 0.5
-        return lying and out < 0.07 and np.linalg.norm(lateral) < 0.08
+        return lying and out < (0.12 if self.opening else 0.07) and np.linalg.norm(lateral) < 0.08
 
     def leave(self):
         scene = self.scene
@@ -225,7 +225,7 @@ class Drawer:
         off = np.linalg.norm(lateral)
         rotation = self.rotation if self.opening or scene.hand_yaw() > 0 else self.other
         ready = angle_between(rotation, scene.eef_mat) < 0.25
-        stand = 0.10 * np.clip((off - 0.008) / 0.02, 0.0, 1.0) if ready else 0.12
+        stand = 0.10 * np.clip((off - 0.014) / 0.02, 0.0, 1.0) if ready else 0.12
         if not self.opening:
             # Down in front of it, then against it.
             aside = np.linalg.norm(lateral[:2])
@@ -236,7 +236,7 @@ class Drawer:
             target = bar + max(stand, 0.1) * self.outward + [0.0, 0.0, lift]
             return travel(scene, target - scene.eef, rotation, 0.0, ("", self.cabinet))
         started = scene.gap < 0.07
-        near = ready and off < (0.025 if started else 0.012) and abs(out) < (0.03 if started else 0.012)
+        near = ready and off < (0.03 if started else 0.018) and abs(out) < (0.03 if started else 0.015)
         if near and scene.gap < 0.028:  # the bar is 16 mm thick
             return command(scene, bar + 0.08 * self.outward - scene.eef, rotation, 0.0, 0.8)
         if near:
