@@ -490,7 +490,8 @@ def _policy_of(args, sentence, rng):
 
 
 def _work(job):
-    """Worker: a share of one task's demonstrations (written to a part file) or of its test states."""
+    """Worker: a share of one task's demonstrations, written to a part file, or of its test states. (task_id, what came of it):
+    the part's name, attempts and the task's name, or a line (str) where the expert fails; for test states (success, steps)."""
     from simulator.suites import max_steps
 
     args, task_id, share, shares = job
@@ -510,8 +511,9 @@ def _work(job):
         if success:
             demos.append(arrays)
         elif attempts >= 20 and len(demos) < 0.1 * attempts:
-            raise UserError(
-                f"the expert fails on {args.suite} task {task_id} ({task.instruction}): {len(demos)} of {attempts} attempts succeeded"
+            return (
+                task_id,
+                f"task {task_id} ({task.instruction}): {len(demos)} of {attempts} attempts succeeded",
             )
     part = demo_path(args.out, args.suite, task.name, policy is not None).with_suffix(f".part{share}")
     write_demos(part, demos, args.action_repeat, task.instruction, **task_attributes(task))
@@ -522,7 +524,7 @@ def _work(job):
 def main(args):
     from experts import covered_tasks
     from simulator.render import default_render
-    from simulator.suites import check_task_ids, instructions
+    from simulator.suites import check_task_ids, get_suite, instructions
 
     if args.check and args.policy:
         raise UserError(
@@ -562,24 +564,44 @@ def main(args):
     bar = progress_bar(
         total=len(jobs), desc="expert on test states" if args.check else "recording", unit="part"
     )
-    for task_id, result in run_jobs(_work, jobs, workers):
-        results.setdefault(task_id, []).append(result)
-        bar.update()
-        if len(results[task_id]) < shares:
-            continue
-        if args.check:
-            flat = [r for part in results[task_id] for r in part]
-            total += flat
-            tqdm.write(f"task {task_id}: {_rate(flat)}  {instructions(args.suite)[task_id]}")
-        else:
-            parts = sorted(r[0] for r in results[task_id])
-            attempts = sum(r[1] for r in results[task_id])
-            path = demo_path(args.out, args.suite, results[task_id][0][2], args.policy is not None)
-            merge_parts(parts, path)
-            tqdm.write(f"task {task_id}: {args.num_demos} demonstrations of {attempts} attempts -> {path}")
+    failed, names = {}, [get_suite(args.suite).get_task(t).name for t in task_ids]
+    try:
+        for task_id, result in run_jobs(_work, jobs, workers):
+            results.setdefault(task_id, []).append(result)
+            bar.update()
+            if len(results[task_id]) < shares:
+                continue
+            if args.check:
+                flat = [r for part in results[task_id] for r in part]
+                total += flat
+                tqdm.write(f"task {task_id}: {_rate(flat)}  {instructions(args.suite)[task_id]}")
+            elif problems := [r for r in results[task_id] if isinstance(r, str)]:
+                failed[task_id] = problems[0]
+            else:
+                parts = sorted(r[0] for r in results[task_id])
+                attempts = sum(r[1] for r in results[task_id])
+                path = demo_path(args.out, args.suite, results[task_id][0][2], args.policy is not None)
+                merge_parts(parts, path)
+                tqdm.write(
+                    f"task {task_id}: {args.num_demos} demonstrations of {attempts} attempts -> {path}"
+                )
+    finally:  # no parts are left of a task that was interrupted, or on which the expert failed
+        for name in names:
+            path = demo_path(args.out, args.suite, name, args.policy is not None)
+            for part in path.parent.glob(f"{path.stem}.part*"):
+                part.unlink(missing_ok=True)
     bar.close()
     if args.check:
         print(f"{args.suite}: {_rate(total)}")
+    if failed:
+        others = (
+            f"; the other {len(task_ids) - len(failed)} tasks are recorded"
+            if len(failed) < len(task_ids)
+            else ""
+        )
+        raise UserError(
+            f"the expert fails on {args.suite} {'; '.join(failed.values())}{others}. Disturb it less: --noise 0.1 --kick 0.02"
+        )
 
 
 def _rate(results):

@@ -56,3 +56,5 @@ def run_jobs(function, jobs, workers):
     finally:
         for process in processes.values():
             process.terminate()
+        for process in processes.values():
+            process.join()
