@@ -295,7 +295,8 @@ class Push:
         self.place = place_of(scene, goal) if isinstance(goal, str) else None
         self.goal, self.rest = goal, scene.objects[name].copy()
         deep = scene.extent(name)[1][2] - self.rest[2] > 0.03
-        self.depth = 0.02 if deep else 0.011  # of the tips above its origin: over the bottom, below the rim
+        self.depth = 0.02 if deep else 0.007  # of the tips above its origin: over the bottom, below the rim
+        self.speed = 0.4 if deep else 0.8  # slowly over a plate's low rim, noise takes the tips out of it
 
     def progress(self):
         """How far it has come along the way to a point, metres."""
@@ -318,7 +319,7 @@ class Push:
         height = thing[2] + self.depth
         if horizontal < 0.045 and scene.eef[2] < thing[2] + 0.035:  # inside
             lead = thing[:2] + way / (distance + 1e-9) * (0.03 + min(distance, 0.05))
-            return command(scene, np.array([*lead, height]) - scene.eef, scene.rest_mat, 0.0, 0.8, 0.4)
+            return command(scene, np.array([*lead, height]) - scene.eef, scene.rest_mat, 0.0, 0.8, self.speed)
         above = 0.08 * np.clip((horizontal - 0.01) / 0.03, 0, 1)
         return travel(
             scene, np.array([*thing[:2], height + above]) - scene.eef, scene.rest_mat, 0.0, (self.name, "")
