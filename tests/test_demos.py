@@ -349,6 +349,19 @@ def test_the_shipped_policy_acts_in_recordings(tmp_path):
     assert demo["disturbed"] and np.abs(demo["executed"] - demo["actions"]).max() > 0.1
 
 
+@pytest.mark.libero
+@pytest.mark.slow
+def test_a_task_on_which_the_expert_fails_is_named_and_leaves_nothing(tmp_path):
+    """Disturbed so much that nobody could; the task's other share may have ended before or after."""
+    flags = ["--task-ids", "0", "--num-demos", "2", "--noise", "4", "--kick", "0.5", "--num-workers", "2"]
+    run = subprocess.run(
+        [sys.executable, "demos.py", *flags, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert re.search(r"the expert fails on libero_object task 0 \(.*\): 0 of 20 attempts", run.stderr)
+    assert "others" not in run.stderr and not list((tmp_path / "libero_object").iterdir())
+
+
 def _double(job):
     if job == "bad":
         raise UserError("cannot double bad")
