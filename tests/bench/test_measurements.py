@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench import busy, decode, envs, gpu, iteration, leak, model, pictures, scaling, soak, update
+from bench import busy, decode, envs, gpu, iteration, leak, model, pictures, prefix, scaling, soak, update
 from bench.__main__ import COMMANDS
 from bench.common import machine, table
 from policy import ActorCritic, OpenVLA
@@ -272,3 +272,21 @@ def test_iteration_accounts_for_all_of_its_time(capsys):
     )
     iteration.show(r)
     assert "policy, forward" in capsys.readouterr().out
+
+
+@pytest.mark.libero
+def test_prefix_tells_what_the_third_token_follows():
+    """Nothing changes behind the expert's own tokens; the shipped policy of libero_spatial hardly minds a bin."""
+    args = prefix.Args(
+        checkpoint="checkpoints/libero_spatial/policy",
+        suite="libero_spatial",
+        task_ids=[0],
+        states=1,
+        offsets=[0, 1, 128],
+    )
+    r = prefix.measure(args)
+    same, near, far = r["rows"]
+    assert r["lifts"] > 0 and same["change"] == same["changed"] == 0.0
+    assert near["change"] < 0.15 and near["change"] < far["change"] <= 1.0
+    assert 0.5 < same["up"] <= 1.0  # it lifts where the expert does
+    prefix.show(r)
