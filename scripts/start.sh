@@ -14,13 +14,14 @@ WORK=${3:-runs/start/$SUITE}
 PY=${PY:-.venv/bin/python}
 policy=$DIRECTORY/policy rprm=$DIRECTORY/rprm
 
-# Demonstrations per task; and for each number in STRAYED a round of so many more in which the policy so far acts half of the
-# time (DAgger), after which it learns on. libero_object needs no round.
+# Demonstrations per task; how they are disturbed (some tasks of libero_goal and libero_10 do not survive demos.py's default);
+# and the policy that imitation starts from, which already knows how to look and to move.
 case $SUITE in
-libero_object) DEMOS=${DEMOS:-60} STRAYED=${STRAYED-} ;;
-*) DEMOS=${DEMOS:-100} STRAYED=${STRAYED-25 30} ;;
+libero_object) DEMOS=${DEMOS:-60} NOISE=${NOISE:-} INIT=${INIT-} ;;
+libero_spatial) DEMOS=${DEMOS:-100} NOISE=${NOISE:-} INIT=${INIT-checkpoints/libero_object/policy} ;;
+*) DEMOS=${DEMOS:-75} NOISE=${NOISE:---noise 0.15 --kick 0.03} INIT=${INIT-checkpoints/libero_spatial/policy} ;;
 esac
-SFT=${SFT:-}              # flags of every training of sft.py, such as "--steps 14000"
+SFT=${SFT:-}              # more flags of sft.py, such as "--steps 14000"
 ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
 
 has() { [ -e "$1" ] && echo "have $1"; }
@@ -28,41 +29,23 @@ mkdir -p "$WORK"
 
 # 1. Demonstrations, by the scripted experts. Into another name first: a directory that is there is complete.
 has "$WORK/data/$SUITE" || {
-  $PY demos.py --suite "$SUITE" --num-demos "$DEMOS" --out "$WORK/data.part"
+  # shellcheck disable=SC2086  # NOISE and SFT hold several flags
+  $PY demos.py --suite "$SUITE" --num-demos "$DEMOS" $NOISE --out "$WORK/data.part"
   mkdir -p "$WORK/data"
   mv "$WORK/data.part/$SUITE" "$WORK/data/$SUITE"
 }
 
-# imitate OUT FLAGS: one training of sft.py. While training.pt is there, it is not done.
-imitate() {
-  if [ -e "$1/training.pt" ]; then
-    $PY sft.py --resume "$1"
-  else
-    has "$1/config.json" || $PY sft.py --suite "$SUITE" --out "$@"
-  fi
-}
-
-# 2. Imitation, and the rounds in which the policy shows where it strays to.
+# 2. Imitation. While training.pt is there, it is not done.
 has "$policy/config.json" || {
-  # shellcheck disable=SC2086  # SFT holds several flags
-  imitate "$WORK/policy0" --data "$WORK/data" $SFT
-  round=0
-  for number in $STRAYED; do
-    last=$WORK/policy$round round=$((round + 1))
-    has "$WORK/strayed$round" || {
-      $PY demos.py --suite "$SUITE" --num-demos "$number" --policy "$last" --seed "$round" --out "$WORK/strayed.part"
-      mkdir -p "$WORK/all/$SUITE"
-      ln -sf "$(realpath "$WORK/data/$SUITE")"/*.hdf5 "$WORK/all/$SUITE"
-      for file in "$WORK/strayed.part/$SUITE"/*_demo.hdf5; do
-        mv "$file" "$WORK/all/$SUITE/$(basename "$file" _demo.hdf5)_round${round}_demo.hdf5"
-      done
-      mv "$WORK/strayed.part" "$WORK/strayed$round"
-    }
+  made=$WORK/imitation
+  if [ -e "$made/training.pt" ]; then
+    $PY sft.py --resume "$made"
+  elif ! has "$made/config.json"; then
     # shellcheck disable=SC2086
-    imitate "$WORK/policy$round" --data "$WORK/all" --init "$last" $SFT
-  done
+    $PY sft.py --suite "$SUITE" --data "$WORK/data" ${INIT:+--init "$INIT"} $SFT --out "$made"
+  fi
   mkdir -p "$DIRECTORY"
-  cp -r "$WORK/policy$round" "$policy.part"
+  cp -r "$made" "$policy.part"
   mv "$policy.part" "$policy"
 }
 
