@@ -282,7 +282,7 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
         (["--prm-mode", "sum", "--reward-model", "/nonexistent/rprm"], "/nonexistent/rprm"),
         (["--out", "/proc/run"], "/proc/run"),
         (["--task-ids", "0,0"], "each task once"),
-        (["--suite", "libero_goal", "--model", "openvla-tiny"], "no policy for libero_goal"),
+        (["--suite", "libero_90", "--model", "openvla-tiny"], "no policy for libero_90"),
     ],
 )
 def test_bad_input_is_one_line(models, tmp_path, flags, what):
