@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bench.common import TINY_POLICY, table
 from support.cli import flag
+from support.errors import UserError
+from support.quiet import progress_bar
 
 CHUNK = 64  # frames in one forward pass
 
@@ -27,19 +28,22 @@ class Args:
     suite: str = flag("libero_object", "LIBERO suite")
     task_ids: list[int] | None = flag(None, "tasks, as in 0,1,2", default="all of the suite", min=0)
     states: int = flag(3, "test states of each task", min=1, max=10)
-    offsets: list[int] = flag((0, 1, -1, 2, -2, 4, -4, 8, -8), "bins that x and y are off")
+    offsets: list[int] = flag((0, 1, -1, 2, -2, 4, -4, 8, -8), "bins that x and y are off", min=-255, max=255)
     out: Path = flag(Path("runs/bench-prefix.json"), "where the numbers go")
 
 
 def expert_decisions(suite, task_ids, states, action_repeat):
     """What the undisturbed expert sees and does: frames (F, 256, 256, 3) uint8, commands (F, 7), instructions, and whether it
     lifts (F,): the hand holds something less than 2 cm above where the fingers closed, and the command goes up."""
-    from experts import Expert
+    from experts import Expert, covered_tasks
     from simulator.suites import check_task_ids, max_steps
     from simulator.task import TaskSim
 
+    task_ids, missing = covered_tasks(suite, check_task_ids(suite, task_ids))
+    if missing:
+        raise UserError(f"no scripted expert for {suite} task {missing}: name the others with --task-ids")
     frames, commands, instructions, lifts = [], [], [], []
-    for task_id in tqdm(check_task_ids(suite, task_ids), desc="the expert plays", unit="task"):
+    for task_id in progress_bar(task_ids, desc="the expert plays", unit="task"):
         sim = TaskSim(suite, task_id, "light")
         episode = sim.episode()
         for state in range(states):
@@ -61,16 +65,19 @@ def expert_decisions(suite, task_ids, states, action_repeat):
 
 
 @torch.no_grad()
-def z_probabilities(model, frames, instructions, bins, offset):
-    """(F, 256) probabilities of the third token behind x and y that are `offset` bins off `bins` (F, 7)."""
+def z_probabilities(model, patches, instructions, bins, offset):
+    """(F, 256) probabilities of the third token behind x and y that are `offset` bins off `bins` (F, 7).
+
+    patches (F, P, d): the frames' patch embeddings.
+    """
     bins = bins.clone()
     bins[:, :2] = (bins[:, :2] + offset).clamp(0, 255)
     tokens, (ids, mask) = model.action_tokenizer.bin_to_token(bins), model.tokenize(instructions)
-    parts = []
-    for rows in torch.arange(len(frames)).split(CHUNK):
-        pixels = model.preprocess(frames[rows.numpy()])
-        parts.append(model.action_logits(ids[rows], mask[rows], tokens[rows], pixel_values=pixels)[:, 2])
-    return torch.cat(parts).softmax(-1)
+    rows = torch.arange(len(bins)).split(CHUNK)
+    logits = [
+        model.action_logits(ids[r], mask[r], tokens[r], patch_embeddings=patches[r])[:, 2] for r in rows
+    ]
+    return torch.cat(logits).softmax(-1)
 
 
 def measure(args):
@@ -83,14 +90,16 @@ def measure(args):
     )
     tokens = torch.from_numpy(np.asarray(model.encode_actions(commands, key)))
     bins = model.action_tokenizer.token_to_bin(tokens)
-    every = model.action_tokenizer.bin_to_token(torch.arange(255)[:, None].expand(-1, 7))
+    every = model.action_tokenizer.bin_to_token(torch.arange(256)[:, None].expand(-1, 7))
     going_up = torch.from_numpy(model.decode_actions(every, key)[:, 2] > 0.1)
-    own = z_probabilities(model, frames, instructions, bins, 0)
-    rows = []
+    with torch.no_grad():
+        chunks = [frames[i : i + CHUNK] for i in range(0, len(frames), CHUNK)]
+        patches = torch.cat([model.embed_images(model.preprocess(chunk)) for chunk in chunks])
+    rows, own = [], z_probabilities(model, patches, instructions, bins, 0)
     for offset in args.offsets:
-        p = z_probabilities(model, frames, instructions, bins, offset)
+        p = z_probabilities(model, patches, instructions, bins, offset) if offset else own
         change = 0.5 * (p - own).abs().sum(-1)  # total variation
-        up = p[:, :255][:, going_up].sum(-1)[torch.from_numpy(lifts)]
+        up = p[:, going_up].sum(-1)[torch.from_numpy(lifts)]
         rows.append({
             "offset": offset, "change": change.mean().item(), "changed": (change > 0.5).float().mean().item(),
             "up": up.mean().item() if len(up) else None,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train
 from policy import build_tiny
 from support import checkpoints
 
@@ -373,9 +374,20 @@ def test_each_suite_with_a_shipped_policy_starts_at_once(suite, tmp_path):
     )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Path(config["model"]).resolve() == ROOT / "checkpoints" / suite / "policy", stdout
-    assert config["max_episode_steps"] == (320 if suite == "libero_10" else 160)
     has_rprm = (ROOT / "checkpoints" / suite / "rprm").is_dir()
     assert config["prm_mode"] == ("potential" if has_rprm else "none")
     (metrics,) = _metrics(tmp_path / "run")
     assert metrics["charts/decisions"] == 8 and metrics["losses/first_ratio_error"] < 1e-3
     assert suite in json.loads((tmp_path / "run" / "policy" / "config.json").read_text())["norm_stats"]
+
+
+def test_long_suites_have_twice_the_time_and_a_given_cut_stays():
+    for suite, given, steps in (
+        ("libero_10", None, 320),
+        ("libero_goal", None, 160),
+        ("libero_10", 100, 100),
+    ):
+        args = train.Args(
+            suite=suite, model=str(ROOT / "checkpoints/libero_goal/policy"), max_episode_steps=given
+        )
+        assert train.fill_defaults(args)[0].max_episode_steps == steps
