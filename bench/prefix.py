@@ -41,7 +41,8 @@ def expert_decisions(suite, task_ids, states, action_repeat):
 
     task_ids, missing = covered_tasks(suite, check_task_ids(suite, task_ids))
     if missing:
-        raise UserError(f"no scripted expert for {suite} task {missing}: name the others with --task-ids")
+        what = "; ".join(f"{', '.join(map(str, ids))} ({reason})" for reason, ids in missing.items())
+        raise UserError(f"no scripted expert for {suite} task {what}: name the others with --task-ids")
     frames, commands, instructions, lifts = [], [], [], []
     for task_id in progress_bar(task_ids, desc="the expert plays", unit="task"):
         sim = TaskSim(suite, task_id, "light")
