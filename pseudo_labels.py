@@ -9,7 +9,7 @@ No human labels anything, because manipulation has a rhythm that the robot itsel
     label     - + +  - + +         -  + +   - + +                    positive: the steps that lead to a keyframe
 
 Milestones divide a trajectory into segments, keyframes are the stops inside each, and the actions of the last moments before a
-keyframe are positive. numpy only, no model. `python reward_model.py label --plot` draws what this file found.
+keyframe are positive. numpy only, no model. `python rprm.py label --plot` draws what this file found.
 """
 
 from collections import Counter

@@ -51,7 +51,7 @@ has "$policy/config.json" || {
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.
 has "$WORK/rollouts" || {
-  $PY reward_model.py record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
+  $PY rprm.py record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
     --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"
 }
@@ -61,5 +61,5 @@ has "$rprm/rprm.json" || {
   own=() # there may be none of a kind
   [ -d "$WORK/rollouts/success" ] && own+=(--successes "$WORK/rollouts/success")
   [ -d "$WORK/rollouts/failure" ] && own+=(--failures "$WORK/rollouts/failure")
-  $PY reward_model.py train --suite "$SUITE" --demos "$WORK/data/$SUITE" ${own[@]+"${own[@]}"} --policy "$policy" --out "$rprm"
+  $PY rprm.py train --suite "$SUITE" --demos "$WORK/data/$SUITE" ${own[@]+"${own[@]}"} --policy "$policy" --out "$rprm"
 }

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import torch
 
-import reward_model
+import rprm
 from policy import build_tiny
 from support.cli import parse_command
 
@@ -65,8 +65,8 @@ def copy_of(model):
 
 
 def run(argv):
-    """`python reward_model.py ARGV` in this process."""
-    reward_model.main(*parse_command(reward_model.COMMANDS, "", argv))
+    """`python rprm.py ARGV` in this process."""
+    rprm.main(*parse_command(rprm.COMMANDS, "", argv))
 
 
 def write_demos(path, count, hz=5, broken=(), size=64):

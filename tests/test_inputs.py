@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import demos
 import eval as evaluation
-import reward_model
+import rprm
 import sft
 import train
 from bench.__main__ import COMMANDS as BENCHES
 from policy import ActorCritic, OpenVLA, build_tiny
+from reward_model import RPRM
 from support import checkpoints, cli, files, runs
 from support.errors import UserError
 
@@ -51,10 +52,10 @@ sometimes = settings(max_examples=100, deadline=None, suppress_health_check=list
 # --------------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "label": (reward_model.LabelArgs, ""),
-    "train": (reward_model.TrainArgs, ""),
-    "score": (reward_model.ScoreArgs, ""),
-    "record": (reward_model.RecordArgs, ""),
+    "label": (rprm.LabelArgs, ""),
+    "train": (rprm.TrainArgs, ""),
+    "score": (rprm.ScoreArgs, ""),
+    "record": (rprm.RecordArgs, ""),
 }
 BENCH_ARGS = {name: importlib.import_module(f"bench.{name}").Args for name in BENCHES}
 PARSERS = {
@@ -63,7 +64,7 @@ PARSERS = {
     "sft.py": (sft.Args, lambda argv: cli.parse_args(sft.Args, "", argv)),
     "demos.py": (demos.Args, lambda argv: cli.parse_args(demos.Args, "", argv)),
     **{
-        f"reward_model.py {name}": (
+        f"rprm.py {name}": (
             COMMANDS[name][0],
             lambda argv, name=name: cli.parse_command(COMMANDS, "", [name, *argv])[1],
         )
@@ -235,13 +236,13 @@ def checkpoint(tmp_path_factory):
 
 def use_checkpoint(folder):
     """Load as policy and as reward model, and let both answer once."""
-    rprm = reward_model.RPRM.from_pretrained(folder)
-    model = rprm.model
+    reward_model = RPRM.from_pretrained(folder)
+    model = reward_model.model
     ids, mask = model.tokenize(["pick up the soup"])
     pixels = model.preprocess(np.zeros((1, 256, 256, 3), np.uint8))
     tokens = model.generate_actions(ids, pixels, mask).tokens
     model.decode_actions(tokens, "libero_object")
-    rprm.score(ids, mask, tokens, pixel_values=pixels)
+    reward_model.score(ids, mask, tokens, pixel_values=pixels)
 
 
 @sometimes
@@ -412,8 +413,8 @@ def use_demonstrations(path):
     """As all three readers do."""
     list(demos.read_demos(path))
     sft.Dataset({"toy": path}, 32, 4)
-    for trajectory in reward_model.read_trajectories(path):
-        reward_model.label(trajectory, reward_model.LabelRule())
+    for trajectory in rprm.read_trajectories(path):
+        rprm.label(trajectory, rprm.LabelRule())
 
 
 @sometimes
@@ -549,10 +550,10 @@ def test_hostile_task_texts_stay_inside_the_output_directory(tmp_path, text):
     demos.write_demos(path, [demonstration()], 4, text)
     (file,) = demos.demo_files(inside / "libero_object")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [file] == [path]
-    plots = reward_model.LabelArgs(demos=inside / "libero_object", plot=tmp_path / "plots")
+    plots = rprm.LabelArgs(demos=inside / "libero_object", plot=tmp_path / "plots")
     with h5py.File(path, "a") as handle:
         handle["data"].move("demo_0", "demo_0_" + text.replace("\0", "").replace("/", "_")[:50])
-    reward_model.run_label(plots)
+    rprm.run_label(plots)
     written = {p.parent for p in tmp_path.rglob("*") if p.is_file()}
     assert written == {inside / "libero_object", tmp_path / "plots"}
 

@@ -1,6 +1,9 @@
 """RPRM: scores and shaping, training on the real tiny model, scores of a rollout, files and commands."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,9 @@ from PIL import Image
 from rprm_toys import copy_of, run, small_openvla, write_demos
 
 import reward_model as rm
-from policy import ActorCritic, build_tiny
+import rprm
+from models.answer import score_of
+from policy import ActorCritic, OpenVLA, build_tiny
 from support import metrics
 from support.errors import UserError
 
@@ -25,9 +30,9 @@ def test_score_is_the_posterior_at_the_true_rate_of_positives():
     logits = torch.from_numpy(
         np.stack([x, -x], axis=1)
     )  # log N(x; 1, 1) - log N(x; -1, 1) = 2x: what balanced draws teach
-    score = rm.score_of(logits, 0.1).numpy()
+    score = score_of(logits, 0.1).numpy()
     assert metrics.calibration(score, labels)["ece"] < 0.005 and score.mean() == pytest.approx(0.1, abs=0.005)
-    bare = rm.score_of(logits, 0.5).numpy()
+    bare = score_of(logits, 0.5).numpy()
     np.testing.assert_allclose(bare, torch.softmax(logits, dim=1)[:, 0].numpy())
     assert metrics.calibration(bare, labels)["ece"] > 0.05 and metrics.auroc(bare, labels) == pytest.approx(
         metrics.auroc(score, labels)
@@ -256,7 +261,7 @@ def test_a_reward_model_of_another_vocabulary_is_refused(tiny, tmp_path):
 def test_an_adapter_learns_the_labels(tiny, examples, tmp_path):
     """`--lora-rank`: the backbone stays, the file is small, and what was saved scores like what was trained."""
     copy_of(tiny).save_pretrained(tmp_path / "policy")
-    model = rm.OpenVLA.from_pretrained(tmp_path / "policy")
+    model = OpenVLA.from_pretrained(tmp_path / "policy")
     reward_model = rm.RPRM(model, {})
     torch.manual_seed(0)
     reward_model.add_adapter(tmp_path / "policy", rank=16)
@@ -318,7 +323,7 @@ def test_frames_are_kept_where_embeddings_are_larger(tiny):
 
 def test_reader_turns_images_upright(tmp_path):
     write_demos(tmp_path / "toy_demo.hdf5", 12, hz=20)
-    trajectories = list(rm.read_trajectories(tmp_path))
+    trajectories = list(rprm.read_trajectories(tmp_path))
     assert len(trajectories) == 12 and trajectories[0]["action_repeat"] == 1
     assert [t["name"].split("_")[-1] for t in trajectories] == [str(i) for i in range(12)]  # 2 before 10
     assert trajectories[0]["frames"][30, :32].mean() > 40 > trajectories[0]["frames"][30, 32:].mean() == 0
@@ -430,3 +435,10 @@ def test_reward_model_is_told_from_a_stock_vlm(tmp_path):
     build_tiny(0, words=["red"]).save_pretrained(tmp_path / "policy")
     with pytest.raises(UserError, match="holds no rprm.json"):  # a policy is no reward model
         rm.read_reward_model(str(tmp_path / "policy"))
+
+
+def test_the_commands_former_name_points_to_the_present_one():
+    done = subprocess.run(
+        [sys.executable, rm.__file__, "train"], capture_output=True, text=True, cwd=Path(rm.__file__).parent
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error:") and "python rprm.py" in done.stderr

@@ -9,8 +9,9 @@ from rprm_toys import STATS, copy_of, make_qwen
 
 import reward_model as rm
 from bench import rprm
-from policy import build_tiny
+from policy import build_tiny, policy_convention
 from pseudo_labels import POSITIVE, LabelRule
+from rprm import label, read_trajectories, write_runs
 from simulator.recording import play
 from simulator.task import TaskSim
 from support.metrics import kendall, without_nan
@@ -161,14 +162,14 @@ def test_progress_and_loitering_in_the_simulator(tmp_path):
 
     won, lost = play(episodes, limit, model.action_repeat, choose)
     assert won["success"] and not lost["success"]
-    rm.write_runs(tmp_path, sim, [won, lost], model.action_repeat)
+    write_runs(tmp_path, sim, [won, lost], model.action_repeat)
     for kind, run in (("success", won), ("failure", lost)):
-        (read,) = rm.read_trajectories(tmp_path / kind, success=kind == "success")
+        (read,) = read_trajectories(tmp_path / kind, success=kind == "success")
         assert read["instruction"] == sim.instruction and read["action_repeat"] == 4 and not read["disturbed"]
         np.testing.assert_array_equal(read["frames"], run["frames"][:-1])
-        tokens = reward_model.encode_actions(rm.policy_convention(read["actions"]), "toy")
+        tokens = reward_model.encode_actions(policy_convention(read["actions"]), "toy")
         np.testing.assert_array_equal(tokens, model.encode_actions(np.array(run["actions"]), "toy"))
-        result = rm.label(read, LabelRule())
+        result = label(read, LabelRule())
         assert result.usable and (result.labels == POSITIVE).any() == (kind == "success")
 
     spare = sim.episode()
