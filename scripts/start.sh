@@ -25,6 +25,7 @@ SFT=${SFT:-}              # more flags of sft.py, such as "--steps 14000"
 ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
 
 has() { [ -e "$1" ] && echo "have $1"; }
+has "$policy/config.json" && has "$rprm/rprm.json" && exit
 mkdir -p "$WORK"
 
 # 1. Demonstrations, by the scripted experts. Into another name first: a directory that is there is complete.
@@ -50,7 +51,7 @@ has "$policy/config.json" || {
 }
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.
-has "$WORK/rollouts" || {
+has "$rprm/rprm.json" || has "$WORK/rollouts" || {
   $PY rprm.py record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
     --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"

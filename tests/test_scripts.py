@@ -1,0 +1,48 @@
+"""The scripts that chain our commands, run as a whole at the smallest size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from policy import OpenVLA
+from reward_model import RPRM
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(made, work, **settings):
+    settings = {"PY": sys.executable, "DEMOS": "1", "ROLLOUTS": "1", "INIT": "", **settings}
+    command = ["scripts/start.sh", "libero_object", str(made), str(work)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.libero
+def test_start_makes_policy_and_reward_model_and_goes_on_where_it_stopped(tmp_path):
+    made, work = tmp_path / "made", tmp_path / "work"
+    broken = start(made, work, SFT="--steps 0")  # refused: after the demonstrations, before a policy
+    assert broken.returncode != 0 and "--steps" in broken.stderr and not made.exists()
+    recorded = times(work)
+    assert len(list((work / "data" / "libero_object").glob("*_demo.hdf5"))) == 10
+
+    done = start(made, work, SFT="--steps 2 --save-every 2 --batch-size 4 --held-out 0.2")
+    assert done.returncode == 0, done.stderr
+    assert f"have {work}/data/libero_object" in done.stdout
+    assert recorded.items() <= times(work).items()  # what was there is used as it is
+    policy, reward_model = OpenVLA.from_pretrained(made / "policy"), RPRM.from_pretrained(made / "rprm")
+    assert policy.unnorm_key_for("libero_object") and reward_model.shares_vision(policy)
+    info = json.loads((made / "rprm" / "rprm.json").read_text())
+    assert (
+        info["suite"] == "libero_object" and "failures" in info["data"]
+    )  # a policy of two steps does not succeed
+
+    before = times(tmp_path)
+    again = start(made, work)
+    assert again.returncode == 0 and again.stdout.count("have ") == 2 and times(tmp_path) == before
