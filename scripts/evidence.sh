@@ -8,8 +8,9 @@
 #   budget    five times the decisions (2 seeds)
 #   pro       start and trained policy on LIBERO-PRO's variants of the suite
 #
-# SUITE=libero_object (others keep theirs in results/SUITE) and SEEDS="0 1 2" are environment variables. What is small of each run goes to results/EXPERIMENT/RUN, the
-# rest stays in runs/evidence. A run takes half an hour on 2 cores. What is there is skipped, what was interrupted goes on.
+# SUITE=libero_object (others keep theirs in results/SUITE) and SEEDS="0 1 2" are environment variables. What is small of
+# each run goes to results/EXPERIMENT/RUN, the rest stays in runs/evidence. A run takes half an hour on 2 cores. What is
+# there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
