@@ -594,11 +594,7 @@ def main(args):
     if args.check:
         print(f"{args.suite}: {_rate(total)}")
     if failed:
-        others = (
-            f"; the other {len(task_ids) - len(failed)} tasks are recorded"
-            if len(failed) < len(task_ids)
-            else ""
-        )
+        others = "; the others are recorded" if len(failed) < len(task_ids) else ""
         raise UserError(
             f"the expert fails on {args.suite} {'; '.join(failed.values())}{others}. Disturb it less: --noise 0.15 --kick 0.03"
         )
