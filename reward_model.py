@@ -317,14 +317,14 @@ class Examples:
 
 def make_examples(reward_model, trajectories, suite, summary):
     """The rows of `labelled` trajectories that carry a label -> Examples."""
-    from simulator.sentences import sentence_in  # late: LIBERO takes seconds to import
+    from simulator.sentences import sentence_of  # late: LIBERO takes seconds to import
 
     instructions, parts = [], []
     for number, (trajectory, result) in enumerate(trajectories):
         rows = np.flatnonzero(result.labels != IGNORED)
         if not result.usable or not len(rows):
             continue
-        instructions += [sentence_in(suite, trajectory["instruction"])] * len(rows)
+        instructions += [sentence_of(suite, trajectory["file"], trajectory["instruction"])] * len(rows)
         images = reward_model.encode_images(trajectory["frames"][rows])
         actions = reward_model.encode_actions(policy_convention(trajectory["actions"][rows]), suite)
         labels = torch.from_numpy(result.labels[rows]).float()

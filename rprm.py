@@ -98,11 +98,11 @@ import json
 import numpy as np
 import torch
 
-from demos import Refused, demo_files, demo_path, read_demos, write_demos
 from models.vlm import VLM
 from policy import OpenVLA, policy_convention
 from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
 from reward_model import RPRM, embed_frames, fit, make_examples, read_reward_model, split
+from support.demonstrations import Refused, demo_files, demo_path, read_demos, write_demos
 from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write, safe_name
 from support.metrics import auroc, binary_metrics, in_words, without_nan
@@ -242,7 +242,7 @@ def run_train(args):
 
 
 def run_score(args):
-    from simulator.sentences import sentence_in  # late, as above
+    from simulator.sentences import sentence_of  # late, as above
 
     if (args.rprm is None) == (args.vlm is None):
         raise UserError("give one of --rprm and --vlm")
@@ -250,7 +250,8 @@ def run_score(args):
     reward_model = read_reward_model(args.vlm or args.rprm, device=args.device)
     for trajectory, result in progress_bar(labelled(args, summary), desc="score", unit="trajectory"):
         actions = reward_model.encode_actions(policy_convention(trajectory["actions"]), args.suite)
-        instructions = [sentence_in(args.suite, trajectory["instruction"])] * len(trajectory["frames"])
+        sentence = sentence_of(args.suite, trajectory["file"], trajectory["instruction"])
+        instructions = [sentence] * len(trajectory["frames"])
         scores = reward_model.score_frames(trajectory["frames"], instructions, actions)
         labels = result.labels if result.usable else np.full_like(result.labels, IGNORED)
         records.append({"name": trajectory["name"], "labels": labels.tolist(), "scores": scores.tolist()})

@@ -88,13 +88,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import demos
 from eval import NUM_INIT_STATES, evaluate
 from models.checkpoints import resolve_checkpoint
 from models.images import crop_and_normalize, resize_frames
 from models.memory import choose_dtype
 from policy import ActorCritic, OpenVLA, build_tiny, explain_out_of_memory, policy_convention
+from simulator.sentences import sentence_of
 from simulator.suites import num_tasks
+from support.demonstrations import Refused, demo_files, read_demos
 from support.distributed import ALONE, ends_together, join
 from support.errors import UserError, main_guard
 from support.files import atomic_write
@@ -153,22 +154,19 @@ class Dataset:
         """sources: {name of the data set: directory or file}."""
         self._images = []  # one (T, 3, S, S) uint8 per demonstration: joined, they would need the memory twice
         self.suites, self.instructions, actions, indices = list(sources), [], [], []
-        files = [
-            (suite, file) for suite, path in sources.items() for file in demos.demo_files(path, action_repeat)
-        ]
-        refused = demos.Refused()
+        files = [(suite, file) for suite, path in sources.items() for file in demo_files(path, action_repeat)]
+        refused = Refused()
         for suite, file in progress_bar(files, desc="loading demonstrations", unit="file"):
-            for demo in itertools.islice(
-                demos.read_demos(file, suite=suite, refused=refused), max_demos or None
-            ):
+            for demo in itertools.islice(read_demos(file, refused=refused), max_demos or None):
                 a = policy_convention(demo["actions"])
                 a = group_actions(a, action_repeat // demo["action_repeat"])  # (T, 7)
                 if len(a) == 0:
                     refused.add(f"{file} {demo['name']}", "too short for one decision")
                     continue
-                if demo["instruction"] not in self.instructions:
-                    self.instructions.append(demo["instruction"])
-                numbers = self.instructions.index(demo["instruction"]), len(actions), self.suites.index(suite)
+                sentence = sentence_of(suite, file, demo["instruction"])
+                if sentence not in self.instructions:
+                    self.instructions.append(sentence)
+                numbers = self.instructions.index(sentence), len(actions), self.suites.index(suite)
                 indices += [(*numbers, t) for t in range(len(a))]
                 self._images.append(resize_frames(demo["agentview"][: len(a)], image_size))
                 actions.append(a)

@@ -59,7 +59,7 @@ def runs_by_task(suite, task_ids, episodes_per_task, action_repeat, seed, decide
 
 
 def as_demonstration(run):
-    """A run of `play` in the arrays and conventions of LIBERO's files, for `demos.write_demos`."""
+    """A run of `play` in the arrays and conventions of LIBERO's files, for `support.demonstrations.write_demos`."""
     actions = np.array(run["actions"])
     actions[:, 6] = np.where(actions[:, 6] > 0.5, -1.0, 1.0)  # files: -1 open, +1 close
     arrays = {key: np.array(run[key]) for key in ("ee_pos", "gripper_states")}

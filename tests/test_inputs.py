@@ -29,7 +29,7 @@ import train
 from bench.__main__ import COMMANDS as BENCHES
 from policy import ActorCritic, OpenVLA, build_tiny
 from reward_model import RPRM
-from support import checkpoints, cli, files, runs
+from support import checkpoints, cli, demonstrations, files, runs
 from support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -411,7 +411,7 @@ def demonstration(steps=5):
 
 def use_demonstrations(path):
     """As all three readers do."""
-    list(demos.read_demos(path))
+    list(demonstrations.read_demos(path))
     sft.Dataset({"toy": path}, 32, 4)
     for trajectory in rprm.read_trajectories(path):
         rprm.label(trajectory, rprm.LabelRule())
@@ -423,7 +423,7 @@ def test_any_damaged_byte_of_demonstrations_is_one_line(seed, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     good, path = folder / "good_demo.hdf5", folder / "bad_demo.hdf5"
     if not good.exists():
-        demos.write_demos(good, [demonstration()] * 2, 4, "pick up the soup")
+        demonstrations.write_demos(good, [demonstration()] * 2, 4, "pick up the soup")
     path.write_bytes(damage_bytes(good.read_bytes(), random.Random(seed)))
     try:
         use_demonstrations(path)
@@ -450,7 +450,7 @@ ARRAYS = st.one_of(
 )
 def test_any_other_dataset_in_demonstrations_is_one_line(name, value, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "other_demo.hdf5"
-    demos.write_demos(path, [demonstration()], 4, "pick up the soup")
+    demonstrations.write_demos(path, [demonstration()], 4, "pick up the soup")
     with h5py.File(path, "a") as file:
         demo = file["data/demo_0"]
         del demo[name]
@@ -475,7 +475,7 @@ def test_any_other_dataset_in_demonstrations_is_one_line(name, value, tmp_path_f
 )
 def test_any_attribute_of_demonstrations_is_one_line(name, value, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "attribute_demo.hdf5"
-    demos.write_demos(path, [demonstration()], 4, "pick up the soup")
+    demonstrations.write_demos(path, [demonstration()], 4, "pick up the soup")
     with h5py.File(path, "a") as file:
         file["data"].attrs[name] = value
     try:
@@ -546,9 +546,9 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path, capsys):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_task_texts_stay_inside_the_output_directory(tmp_path, text):
     inside = tmp_path / "out"
-    path = demos.demo_path(inside, "libero_object", text)
-    demos.write_demos(path, [demonstration()], 4, text)
-    (file,) = demos.demo_files(inside / "libero_object")
+    path = demonstrations.demo_path(inside, "libero_object", text)
+    demonstrations.write_demos(path, [demonstration()], 4, text)
+    (file,) = demonstrations.demo_files(inside / "libero_object")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [file] == [path]
     plots = rprm.LabelArgs(demos=inside / "libero_object", plot=tmp_path / "plots")
     with h5py.File(path, "a") as handle:

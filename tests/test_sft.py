@@ -17,11 +17,11 @@ from peft import LoraConfig
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 
-import demos
 import sft
 from models.images import crop_and_normalize
 from models.tiny import tiny_tokenizer
 from policy import PROMPT, OpenVLA, build_tiny, policy_convention
+from support import demonstrations
 from support.errors import UserError
 from support.training import load_state, save_state
 
@@ -135,7 +135,7 @@ def test_an_action_that_its_prefix_gives_away_is_learnt_from_the_picture(tmp_pat
         actions[:, 2], actions[:, 6] = np.where(kinds == up, 0.8, -0.8), 1
         return _demo(np.stack([picture(kind)[::-1, ::-1] for kind in kinds]), actions)
 
-    demos.write_demos(
+    demonstrations.write_demos(
         tmp_path / "libero_object" / "task_0_demo.hdf5", [demo() for _ in range(30)], 4, "task 0"
     )
     build_tiny(0, ["task", "0"], **SMALL).save_pretrained(tmp_path / "init")
@@ -175,7 +175,7 @@ def _write_demos(directory, repeat=4, tasks=2):
             actions = np.zeros((T, 7))
             actions[:, 0], actions[:, 6] = np.where(side == 1, 0.8, -0.8), np.where(side == 1, 1, -1)
             out.append(_demo(images, actions))
-        demos.write_demos(directory / f"task_{task}_demo.hdf5", out, repeat, f"task {task}")
+        demonstrations.write_demos(directory / f"task_{task}_demo.hdf5", out, repeat, f"task {task}")
 
 
 FLAGS = "--batch-size 16 --held-out 0.2 --lr 3e-3 --warmup 10 --ema 0.9 --threads 1".split()
@@ -278,7 +278,7 @@ def test_statistics_per_data_set(inputs, tmp_path):
             "agentview_rgb": np.zeros((21, 32, 32, 3), np.uint8),
             "ee_pos": np.zeros((21, 3)),
         }
-        demos.write_demos(
+        demonstrations.write_demos(
             tmp_path / name / "push_demo.hdf5", [demo | {"gripper_states": np.zeros((21, 2))}], 4, "push"
         )
     model = OpenVLA.from_pretrained(inputs[3])

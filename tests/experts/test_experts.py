@@ -13,6 +13,7 @@ from experts import Expert, covered_tasks, disturb, goal_of
 from experts.scene import half_turn, rotation_vector, turn
 from simulator.suites import max_steps
 from simulator.task import TaskSim
+from support import demonstrations
 
 pytestmark = pytest.mark.libero
 
@@ -112,7 +113,7 @@ def test_labels_anew_from_recorded_states(tmp_path):
     for k in range(2):
         recorded.append(demos.record_episode(episode, np.random.default_rng(k), demos.Args(), 120)[0])
     scribbled = [{**demo, "clean_actions": 0 * demo["clean_actions"]} for demo in recorded]
-    demos.write_demos(paths[0], scribbled, 4, task.instruction, **demos.task_attributes(task))
+    demonstrations.write_demos(paths[0], scribbled, 4, task.instruction, **demos.task_attributes(task))
     task.close()
 
     def relabel(data, out):
