@@ -37,6 +37,7 @@ class RecordArgs:
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(100, "episodes per task, from random placements", min=1)
     temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
+    num_workers: int = flag(0, "processes, a task at a time each; 0 = one per core, one on a GPU", min=0)
     device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(1, "seed of placements and sampling; take another one to measure", min=0, max=2**32 - 1)
 
@@ -94,10 +95,12 @@ if __name__ == "__main__":
 
 import itertools
 import json
+import os
 
 import numpy as np
 import torch
 
+from models.checkpoints import resolve_checkpoint
 from models.vlm import VLM
 from policy import OpenVLA, policy_convention
 from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
@@ -105,7 +108,9 @@ from reward_model import RPRM, embed_frames, fit, make_examples, read_reward_mod
 from support.demonstrations import Refused, demo_files, demo_path, read_demos, write_demos
 from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write, safe_name
+from support.machine import cores
 from support.metrics import auroc, binary_metrics, in_words, without_nan
+from support.pool import run_jobs
 from support.quiet import progress_bar
 
 
@@ -172,19 +177,32 @@ def deciding(model, suite, temperature, seed):
     return decide
 
 
-def run_record(args):
+def record_task(job):
+    """Worker: play the episodes of one task and write them. (successes, episodes)"""
     from simulator.recording import runs_by_task  # late: LIBERO takes seconds to import
+
+    args, task_id = job
+    torch.set_num_threads(1)  # one process per core; and the same numbers, however many there are
+    model = OpenVLA.from_pretrained(args.policy, device=args.device)
+    decide = deciding(model, args.suite, args.temperature, args.seed + task_id)
+    how = (args.episodes_per_task, model.action_repeat, args.seed, decide)
+    for sim, _, runs in runs_by_task(args.suite, [task_id], *how):
+        write_runs(args.out, sim, runs, model.action_repeat)
+    return sum(run["success"] for run in runs), len(runs)
+
+
+def run_record(args):
     from simulator.suites import check_task_ids
 
     task_ids = check_task_ids(args.suite, args.task_ids)
-    model = OpenVLA.from_pretrained(args.policy, device=args.device)
+    resolve_checkpoint(args.policy)  # refused here, not in a worker
     if there := [args.out / kind for kind in ("success", "failure") if any((args.out / kind).glob("*.hdf5"))]:
         raise UserError(f"{there[0]} already holds recordings: choose another --out")
-    decide, won, total = deciding(model, args.suite, args.temperature, args.seed), 0, 0
-    how = (args.episodes_per_task, model.action_repeat, args.seed, decide)
-    for sim, _, runs in runs_by_task(args.suite, task_ids, *how):
-        write_runs(args.out, sim, runs, model.action_repeat)
-        won, total = won + sum(run["success"] for run in runs), total + len(runs)
+    workers = args.num_workers or (1 if args.device == "cuda" else cores())
+    os.environ["LP_NUM_THREADS"] = "0"  # Mesa draws in the calling thread
+    jobs = run_jobs(record_task, [(args, task_id) for task_id in task_ids], workers)
+    counts = list(progress_bar(jobs, total=len(task_ids), desc="rolling out", unit="task"))
+    won, total = map(sum, zip(*counts, strict=True))
     print(f"{won} successes and {total - won} failures in {args.out}")
 
 

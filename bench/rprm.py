@@ -39,6 +39,7 @@ from simulator.suites import check_task_ids
 from support.cli import flag
 from support.errors import UserError
 from support.metrics import auroc, auroc_interval, kendall, mean, spearman, without_nan
+from support.quiet import progress_bar
 
 
 @dataclass
@@ -390,7 +391,7 @@ def measure(args):
         played = runs_by_task(
             args.suite, task_ids, args.episodes_per_task, model.action_repeat, args.seed, decide
         )
-        for sim, limit, done in played:
+        for sim, limit, done in progress_bar(played, total=len(task_ids), desc="rolling out", unit="task"):
             spare = sim.episode()
             for run in done:
                 score_run(reward_model, model, run, sim.instruction)

@@ -4,6 +4,8 @@
 the whole state of the simulator, so that whatever is measured about an episode is measured afterwards.
 """
 
+import multiprocessing
+
 import numpy as np
 
 from simulator.render import default_render
@@ -22,7 +24,8 @@ def play(episodes, limit, action_repeat, choose):
     names = ("tokens", "actions", "ee_pos", "gripper_states", "frames", "states")
     runs = [{"success": False, **{name: [] for name in names}} for _ in episodes]
     rows = list(range(len(episodes)))
-    for step in progress_bar(range(limit + 1), desc="playing", unit="decision", leave=False):
+    hidden = multiprocessing.parent_process() is not None  # workers share a terminal
+    for step in progress_bar(range(limit + 1), desc="playing", unit="decision", leave=False, disable=hidden):
         for i in rows:
             runs[i]["frames"].append(episodes[i].render())
             runs[i]["states"].append(episodes[i].get_state())
@@ -48,7 +51,7 @@ def runs_by_task(suite, task_ids, episodes_per_task, action_repeat, seed, decide
     decide(frames (n, H, W, 3), instruction) -> action tokens (n, 7), actions (n, 7): the policy.
     """
     limit = max_steps(suite) // action_repeat
-    for task_id in progress_bar(task_ids, desc="rolling out", unit="task"):
+    for task_id in task_ids:
         sim = TaskSim(suite, task_id, default_render())
         episodes = [sim.episode() for _ in range(episodes_per_task)]
         for i, episode in enumerate(episodes):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from policy import OpenVLA
@@ -46,3 +48,34 @@ def test_start_makes_policy_and_reward_model_and_goes_on_where_it_stopped(tmp_pa
     before = times(tmp_path)
     again = start(made, work)
     assert again.returncode == 0 and again.stdout.count("have ") == 2 and times(tmp_path) == before
+
+
+@pytest.mark.libero
+def test_record_writes_the_same_with_any_number_of_workers(tmp_path):
+    files = {}
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        command = [
+            sys.executable,
+            "rprm.py",
+            "record",
+            "--task-ids",
+            "0,1",
+            "--episodes-per-task",
+            "1",
+            "--out",
+            str(out),
+        ]
+        done = subprocess.run([*command, "--num-workers", workers], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "successes and" in done.stdout and "Traceback" not in done.stderr
+        for path in sorted(out.rglob("*_demo.hdf5")):
+            with h5py.File(path) as f:
+                group = f["data/demo_0"]
+                files.setdefault(path.relative_to(out), []).append(
+                    (group["actions"][:], group["obs/agentview_rgb"][-1])
+                )
+    assert len(files) == 2
+    for first, second in files.values():
+        np.testing.assert_array_equal(first[0], second[0])
+        np.testing.assert_array_equal(first[1], second[1])
