@@ -115,7 +115,7 @@ from support.quiet import progress_bar
 
 
 def read_trajectories(path, limit=None, success=True, skip=0):
-    """Demonstrations or recorded rollouts of a file, or of all files in a directory, as dicts: `demos.read_demos` plus
+    """Demonstrations or recorded rollouts of a file, or of all files in a directory, as dicts: those of `read_demos` plus
     `frames` (its `agentview`) and `success` as given."""
     refused, used = Refused(), 0
     for file in demo_files(path):

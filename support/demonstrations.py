@@ -238,7 +238,7 @@ def demo_path(out, suite, name, policy=False):
 
 
 def write_demos(path, demos, action_repeat, instruction, **attributes):
-    """Write demonstrations (dicts of arrays, see `record_episode`) in LIBERO's layout, atomically."""
+    """Write demonstrations (dicts of arrays, see `demos.record_episode`) in LIBERO's layout, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
