@@ -1,10 +1,12 @@
 """From recordings to a reward model (reward_model.py): pseudo labels to look at, own rollouts, training, scores.
 
-python rprm.py label --demos data/libero_object --plot out/labels    look at the labels first
-python rprm.py record --policy <sft> --out data/rollouts             the policy's own successes and failures
-python rprm.py train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
-python rprm.py score --demos ... --rprm <rprm> --plot out/scores     scores of recorded trajectories
-python -m bench rprm --rprm <rprm> --policy <sft>                    is it safe to optimise? (simulator)
+    python rprm.py label --demos data/libero_object --plot out/labels    look at the labels first
+    python rprm.py record --policy <sft> --out data/rollouts             the policy's own successes and failures
+    python rprm.py train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
+    python rprm.py score --demos ... --rprm <rprm> --plot out/scores     scores of recorded trajectories
+    python -m bench rprm --rprm <rprm> --policy <sft>                    is it safe to optimise? (simulator)
+
+`scripts/start.sh SUITE` records and trains for a suite.
 """
 
 # ruff: noqa: E402 (flags come before the slow imports, so that --help and a mistyped flag answer at once)
@@ -13,8 +15,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from pseudo_labels import LabelRule
 from support.cli import flag, parse_command
+from support.labels import IGNORED, POSITIVE, LabelRule, LabelSummary
 
 
 @dataclass
@@ -103,8 +105,7 @@ import torch
 from models.checkpoints import resolve_checkpoint
 from models.vlm import VLM
 from policy import OpenVLA, policy_convention
-from pseudo_labels import IGNORED, POSITIVE, LabelSummary, label_trajectory
-from reward_model import RPRM, embed_frames, fit, make_examples, read_reward_model, split
+from reward_model import RPRM, embed_frames, fit, label_trajectory, make_examples, read_reward_model, split
 from support.demonstrations import Refused, demo_files, demo_path, read_demos, write_demos
 from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write, safe_name

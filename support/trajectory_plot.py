@@ -14,7 +14,7 @@ COLOURS = {1: ("tab:green", "positive"), 0: ("tab:gray", "negative"), -1: ("whit
 def plot_trajectory(path, frames, result, title, scores=None):
     """Draw what the label rule saw, for a person to look at: pictures, speed, gripper, labels (and scores).
 
-    path: PNG to write. frames (T, H, W, 3) uint8 upright. result: `reward_model.Labels`. scores (T,) in [0, 1] or None.
+    path: PNG to write. frames (T, H, W, 3) uint8 upright. result: `support.labels.Labels`. scores (T,) in [0, 1] or None.
     """
     T, seconds = len(frames), np.arange(len(frames)) / result.rate
     rows = 4 if scores is not None else 3

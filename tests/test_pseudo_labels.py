@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from rprm_toys import STROKE, pick_and_place
 
-import pseudo_labels
+import reward_model
+from support.labels import IGNORED, NEGATIVE, POSITIVE, LabelRule, LabelSummary
 
 
 @pytest.mark.parametrize("hz", [20, 5])
 @pytest.mark.parametrize("noise", [0.0, 0.0003])
 def test_keyframes_where_the_hand_stops(hz, noise):
-    result = pseudo_labels.label_trajectory(
+    result = reward_model.label_trajectory(
         *pick_and_place(hz, noise, gripper_noise=0.5 * noise), action_repeat=20 // hz
     )
     assert result.problems == [] and result.usable
@@ -23,28 +24,26 @@ def test_keyframes_where_the_hand_stops(hz, noise):
 @pytest.mark.parametrize("action_repeat", [1, 4])
 def test_window_is_in_seconds(action_repeat):
     hz = 20 // action_repeat
-    rule = pseudo_labels.LabelRule(window=0.8, margin=0.4)
-    result = pseudo_labels.label_trajectory(*pick_and_place(hz), action_repeat=action_repeat, rule=rule)
+    rule = LabelRule(window=0.8, margin=0.4)
+    result = reward_model.label_trajectory(*pick_and_place(hz), action_repeat=action_repeat, rule=rule)
     first, rows = result.keyframes[0], round(0.8 * hz)
-    assert (
-        result.labels[first + 1 - rows : first + 1] == pseudo_labels.POSITIVE
-    ).all()  # its own row is the last
-    assert result.labels[first - rows] == pseudo_labels.NEGATIVE
+    assert (result.labels[first + 1 - rows : first + 1] == POSITIVE).all()  # its own row is the last
+    assert result.labels[first - rows] == NEGATIVE
     last = result.keyframes[-1]
-    ignored = np.flatnonzero(result.labels[last + 1 :] == pseudo_labels.IGNORED)
+    ignored = np.flatnonzero(result.labels[last + 1 :] == IGNORED)
     np.testing.assert_array_equal(ignored, np.arange(round(0.4 * hz)))  # the margin behind it
     assert set(np.unique(result.labels)) == {
-        pseudo_labels.POSITIVE,
-        pseudo_labels.NEGATIVE,
-        pseudo_labels.IGNORED,
+        POSITIVE,
+        NEGATIVE,
+        IGNORED,
     }
 
 
 def test_window_is_never_empty():
-    result = pseudo_labels.label_trajectory(
-        *pick_and_place(5), action_repeat=4, rule=pseudo_labels.LabelRule(window=0.0, margin=0.0)
+    result = reward_model.label_trajectory(
+        *pick_and_place(5), action_repeat=4, rule=LabelRule(window=0.0, margin=0.0)
     )
-    assert np.flatnonzero(result.labels == pseudo_labels.POSITIVE).tolist() == result.keyframes
+    assert np.flatnonzero(result.labels == POSITIVE).tolist() == result.keyframes
 
 
 @pytest.mark.parametrize("held", [0.0, 0.045, 0.065])
@@ -52,14 +51,14 @@ def test_hysteresis_beats_a_bare_threshold(held):
     """Noise crosses a threshold many times; hysteresis counts two turns, for narrow and for wide objects."""
     _, _, gripper = pick_and_place(20, gripper_noise=0.001, held=held)
     openness = gripper[:, 0] - gripper[:, 1]
-    assert len(pseudo_labels.find_milestones(openness, 0.01, 0.0015, 12)) == 2
+    assert len(reward_model.find_milestones(openness, 0.01, 0.0015, 12)) == 2
     closed = openness < held + 0.0005  # a threshold inside the noise of the held object
     assert np.abs(np.diff(closed.astype(int))).sum() > 2
 
 
 def test_opening_at_the_start_is_no_milestone():
     openness = np.concatenate([np.linspace(0.04, 0.08, 10), np.full(20, 0.08)])  # LIBERO resets it half open
-    assert pseudo_labels.find_milestones(openness, 0.01, 0.0015, 12) == []
+    assert reward_model.find_milestones(openness, 0.01, 0.0015, 12) == []
 
 
 def test_slip_is_no_milestone():
@@ -67,7 +66,7 @@ def test_slip_is_no_milestone():
     for rows, expected in ((1, []), (2, []), (5, [10, 15])):
         openness = np.full(30, STROKE)
         openness[10 : 10 + rows] = 0.05
-        assert pseudo_labels.find_milestones(openness, 0.01, 0.006, hold=3) == expected
+        assert reward_model.find_milestones(openness, 0.01, 0.006, hold=3) == expected
 
 
 def test_turning_back_before_standing_still_is_no_milestone():
@@ -75,20 +74,20 @@ def test_turning_back_before_standing_still_is_no_milestone():
     openness = np.concatenate(
         [np.full(10, STROKE), np.linspace(STROKE, 0.05, 4), np.linspace(0.05, STROKE, 4), np.full(9, STROKE)]
     )
-    assert pseudo_labels.find_milestones(openness, 0.01, 0.0015, 12) == []
+    assert reward_model.find_milestones(openness, 0.01, 0.0015, 12) == []
     shut = np.concatenate([openness, np.linspace(STROKE, 0.03, 5), np.full(20, 0.03)])  # and then for good
-    assert pseudo_labels.find_milestones(shut, 0.01, 0.0015, 12) == [31]
+    assert reward_model.find_milestones(shut, 0.01, 0.0015, 12) == [31]
 
 
 def test_stops():
     """First minimum of a stop; the last one too where a segment ends in it; none for a stop that was there before."""
     speed = np.array([0.0, 0, 9, 9, 0.5, 0.2, 0.6, 0.4, 0.5, 9, 9, 0.3, 0.6, 0.1, 0.2, 0.2, 9, 0.9])
-    assert pseudo_labels.find_keyframes(speed, [], 1.0) == [5, 11, 17]
-    assert pseudo_labels.find_keyframes(speed, [14], 1.0) == [5, 11, 13, 17]
-    assert pseudo_labels.find_keyframes(speed[:15], [], 1.0) == [5, 11, 14]
+    assert reward_model.find_keyframes(speed, [], 1.0) == [5, 11, 17]
+    assert reward_model.find_keyframes(speed, [14], 1.0) == [5, 11, 13, 17]
+    assert reward_model.find_keyframes(speed[:15], [], 1.0) == [5, 11, 14]
     assert (
-        pseudo_labels.find_keyframes(np.zeros(5), [], 0.0)
-        == pseudo_labels.find_keyframes(np.ones(5), [], 0.2)
+        reward_model.find_keyframes(np.zeros(5), [], 0.0)
+        == reward_model.find_keyframes(np.ones(5), [], 0.2)
         == []
     )
 
@@ -100,8 +99,8 @@ def test_disturbed_demonstrations_use_the_commanded_speed():
     actions[:, 0] = np.where(np.abs(np.arange(40) - 20) < 3, 0.0, 0.8)
     actions[20:, 6], actions[:20, 6] = 1.0, -1.0
     ee_pos = np.cumsum(0.05 * (actions[:, :3] + rng.choice([-0.5, 0.5], (40, 3))), axis=0)
-    measured = pseudo_labels.label_trajectory(actions, ee_pos, None, 4)
-    commanded = pseudo_labels.label_trajectory(actions, ee_pos, None, 4, disturbed=True)
+    measured = reward_model.label_trajectory(actions, ee_pos, None, 4)
+    commanded = reward_model.label_trajectory(actions, ee_pos, None, 4, disturbed=True)
     assert measured.problems == ["gripper_from_command", "no_keyframe"]
     assert commanded.keyframes == [18, 19] and commanded.speed.max() == pytest.approx(0.2)
 
@@ -109,7 +108,7 @@ def test_disturbed_demonstrations_use_the_commanded_speed():
 def test_gripper_command_stands_in():
     actions, path, gripper = pick_and_place(20)
     for missing in (None, np.full_like(gripper, np.nan), gripper[:-1]):
-        result = pseudo_labels.label_trajectory(actions, path, missing)
+        result = reward_model.label_trajectory(actions, path, missing)
         assert result.problems == ["gripper_from_command"] and result.usable and len(result.milestones) == 2
     np.testing.assert_allclose(result.openness[[0, 50]], [STROKE, 0.0])  # -1 open, +1 close
 
@@ -131,9 +130,9 @@ def test_bad_trajectories_are_counted_not_dropped():
         ((actions, steady, gripper), ["no_keyframe"]),
         ((actions, path, open_hand), ["no_gripper_change"]),
     ]
-    summary = pseudo_labels.LabelSummary()
+    summary = LabelSummary()
     for arguments, problems in cases:
-        result = pseudo_labels.label_trajectory(*arguments)
+        result = reward_model.label_trajectory(*arguments)
         assert result.problems == problems
         assert result.usable == (problems in ([], ["no_gripper_change"]))
         assert len(result.labels) == len(arguments[0])
@@ -150,12 +149,12 @@ def test_failed_trajectory_gives_hard_negatives():
         np.concatenate([x, np.repeat(x[-1:], 20, axis=0)]) for x in pick_and_place(20)
     ]  # hovers at the end
     won, lost = (
-        pseudo_labels.label_trajectory(*arguments),
-        pseudo_labels.label_trajectory(*arguments, success=False),
+        reward_model.label_trajectory(*arguments),
+        reward_model.label_trajectory(*arguments, success=False),
     )
     last = won.milestones[-1]
-    positive = won.labels == pseudo_labels.POSITIVE
-    assert lost.usable and not (lost.labels == pseudo_labels.POSITIVE).any()
-    assert positive[:last].any() and (lost.labels[:last][positive[:last]] == pseudo_labels.IGNORED).all()
-    assert positive[last:].any() and (lost.labels[last:][positive[last:]] == pseudo_labels.NEGATIVE).all()
+    positive = won.labels == POSITIVE
+    assert lost.usable and not (lost.labels == POSITIVE).any()
+    assert positive[:last].any() and (lost.labels[:last][positive[:last]] == IGNORED).all()
+    assert positive[last:].any() and (lost.labels[last:][positive[last:]] == NEGATIVE).all()
     np.testing.assert_array_equal(lost.labels[~positive], won.labels[~positive])
