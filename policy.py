@@ -24,22 +24,20 @@ load and save without a name map, and the code runs without timm, torchvision or
 import contextlib
 import copy
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from models import checkpoints
-from models.adapters import LORA_TARGETS, Adapter, read_tensors_for, save_adapter
+from models.adapters import LORA_TARGETS, Adapter, MergedCopy, load_adapters, save_adapters
 from models.backbone import LlamaLayer, Projector, VisionTower, run_block
 from models.checkpoints import LLAMA_DEFAULTS, MAX_SHARD_BYTES, resolve_checkpoint
 from models.images import preprocess_images
 from models.sampling import most_likely, sampler
-from models.sharding import is_first_rank, move_whole_parameters, shard_backbone
+from models.sharding import move_whole_parameters, shard_backbone
 from models.tiny import draw_weights_, libero_words, tiny_config, tiny_tokenizer
 from support.errors import UserError, explain_out_of_memory
 from support.files import read_json
@@ -520,8 +518,7 @@ class ActorCritic(nn.Module):
         self.critic = self.adapters[-1]
         self.value_head = None if critic == "none" else _value_head(model.text["hidden_size"], model.device)
         # Rollouts act with a merged copy of the weights, unless the variant was chosen for its memory.
-        self._acts_merged = critic != "shared"
-        self._merged_copy = []  # in a list: not a submodule, so not in state_dict
+        self._merged = None if critic == "shared" else MergedCopy(self.policy)
         self._merged_is_current = False
         self.policy.activate()
 
@@ -559,7 +556,7 @@ class ActorCritic(nn.Module):
         self._check_images(**images)
         sampling = dict(temperature=temperature, whole_vocabulary=self.whole_vocabulary, generator=generator)
         with explain_out_of_memory("lower --num-envs"):
-            policy = self._merged_copy[0] if self._merged_is_current else self.policy.activate()
+            policy = self._merged.model if self._merged_is_current else self.policy.activate()
             actions = policy.generate_actions(input_ids, attention_mask=attention_mask, **images, **sampling)
             values = self.value(input_ids, attention_mask, **images)
         return *actions, values
@@ -584,32 +581,22 @@ class ActorCritic(nn.Module):
 
     # ---- the policy as a plain model: to act with, to evaluate, to save --------------------------------------------
 
-    @torch.no_grad()
     def merge_for_rollout(self):
         """Let `act` use a copy with the adapter merged into the weights until the next `evaluate_actions` with
         gradients: faster, at the price of a set of weights. Called again, it refreshes the copy in place.
 
         Does nothing where there is no such copy: with a shared critic, and where the backbone is sharded.
         """
-        if not self._acts_merged:
-            return
-        with explain_out_of_memory("no room for a merged policy; --critic shared acts without one"):
-            if not self._merged_copy:
-                self._merged_copy.append(self.base_policy())
-                for name in self.policy.layers:
-                    module = self._merged_copy[0].get_submodule(name)
-                    module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
-            base = self.policy.base_tensors()
-            for name in self.policy.layers:
-                weight = self._merged_copy[0].get_submodule(name).weight
-                weight.copy_(self.policy.merged(f"{name}.weight", base[f"{name}.weight"]))
-        self._merged_is_current = True
+        if self._merged is not None:
+            with explain_out_of_memory("no room for a merged policy; --critic shared acts without one"):
+                self._merged.refresh()
+            self._merged_is_current = True
 
     def evaluation_policy(self):
         """The current policy as an OpenVLA to evaluate: the merged copy where rollouts use one, else the backbone with
         its adapter."""
         self.merge_for_rollout()
-        return self._merged_copy[0] if self._acts_merged else self.policy.activate()
+        return self.policy.activate() if self._merged is None else self._merged.model
 
     @contextlib.contextmanager
     def start_policy(self):
@@ -622,24 +609,8 @@ class ActorCritic(nn.Module):
 
     def base_policy(self):
         """The policy before training as a plain OpenVLA on the frozen backbone's own tensors, which costs no memory."""
-        model = self.model
-        with torch.device("meta"):
-            plain = OpenVLA(model.config)
-        plain.load_state_dict(self.policy.base_tensors(), assign=True)
-        plain.norm_stats, plain.side_files, plain.unused = model.norm_stats, model.side_files, model.unused
-        return plain.requires_grad_(False)
+        return self.policy.plain_model()
 
-    def save_policy(self, directory):
-        """Write the current policy, adapter merged, in the official layout. Weights are merged tensor by tensor while
-        shards are written: besides the model, only one shard is in memory. Every rank calls this; the first writes."""
-        base = self.policy.base_tensors()
-        if is_first_rank():
-            self.model.write(directory, base, self.policy.merged)
-        elif self.needs_all_ranks:  # to gather what the first one writes, in its order
-            for name in sorted(base):
-                self.policy.merged(name, base[name])
-
-    # ---- several GPUs, and files -----------------------------------------------------------------------------------
     def shard(self, ranks):
         """Spread the frozen weights over the ranks and move everything to `ranks.device` (models/sharding.py). Give the
         model on the CPU. On one rank it only moves."""
@@ -649,34 +620,20 @@ class ActorCritic(nn.Module):
         for model in filter(None, (self.model, self.critic_model)):
             shard_backbone(model, ranks.device)
         move_whole_parameters(self, ranks.device)
-        self._acts_merged = False
+        self._merged = None
+
+    def save_policy(self, directory):
+        """Write the current policy, adapter merged, in the official layout. Every rank calls this; the first writes."""
+        self.policy.save_merged(directory)
 
     def save_adapters(self, directory):
         """policy/ and critic/ in peft's format (it reads them on the official model too), and the value head."""
-        with checkpoints.replace_files(directory) as part:
-            for adapter in self.adapters:
-                save_adapter(part / adapter.name, adapter)
-            if self.value_head is not None:
-                head = {name: p.detach().cpu() for name, p in self.value_head.named_parameters()}
-                save_file(head, part / "value_head.safetensors")
+        save_adapters(directory, self.adapters, self.value_head)
 
-    @torch.no_grad()
     def load_adapters(self, directory):
         """Read what `save_adapters` wrote. Raises UserError if a file is missing, damaged, does not fit, or was trained
         on another base."""
-        directory, loaded = Path(directory), []
-        for adapter in self.adapters:  # check everything before changing anything
-            file, parameters = (
-                directory / adapter.name / "adapter_model.safetensors",
-                adapter.named_parameters(),
-            )
-            parameters = {f"base_model.model.{name}": p for name, p in parameters.items()}
-            loaded += read_tensors_for(file, parameters, adapter.base_fingerprint)
-        if self.value_head is not None:
-            parameters = dict(self.value_head.named_parameters())
-            loaded += read_tensors_for(directory / "value_head.safetensors", parameters)
-        for parameter, tensor in loaded:
-            parameter.copy_(tensor)
+        load_adapters(directory, self.adapters, self.value_head)
         self._merged_is_current = False
 
 

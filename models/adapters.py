@@ -7,12 +7,15 @@ seen through one of them.
 
 import hashlib
 import warnings
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from models.sharding import whole_tensor
+from models.checkpoints import replace_files
+from models.sharding import is_first_rank, whole_tensor
 from support.errors import UserError
 
 # Full-match patterns over module names. (A list of suffixes would also catch `patch_embed.proj`, a
@@ -98,10 +101,78 @@ class Adapter:
             return weight
         return (weight.float() + layer.get_delta_weight(self.name).to(weight.device).float()).to(weight.dtype)
 
+    def plain_model(self):
+        """The backbone without adapters: a plain model of its class on the frozen tensors themselves, which costs no
+        memory."""
+        model = self.model
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+        plain.load_state_dict(self.base_tensors(), assign=True)
+        plain.norm_stats, plain.side_files, plain.unused = model.norm_stats, model.side_files, model.unused
+        return plain.requires_grad_(False)
+
+    def save_merged(self, directory):
+        """Write the backbone with this adapter merged, in the official layout. Weights are merged tensor by tensor while
+        shards are written: besides the model, only one shard is in memory. Every rank calls this; the first writes."""
+        base = self.base_tensors()
+        if is_first_rank():
+            self.model.write(directory, base, self.merged)
+        elif self.model.needs_all_ranks:  # to gather what the first one writes, in its order
+            for name in sorted(base):
+                self.merged(name, base[name])
+
+
+class MergedCopy:
+    """The backbone with an adapter merged into its weights, as the plain model `model` (None before the first `refresh`).
+    It has the adapted weights of its own, and shares all others with the backbone."""
+
+    def __init__(self, adapter):
+        self.adapter, self.model = adapter, None
+
+    @torch.no_grad()
+    def refresh(self):
+        """Merge the adapter as it is now, in place: the tensors keep their addresses."""
+        if self.model is None:
+            model = self.adapter.plain_model()
+            for name in self.adapter.layers:
+                module = model.get_submodule(name)
+                module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
+            self.model = model
+        base = self.adapter.base_tensors()
+        for name in self.adapter.layers:
+            merged = self.adapter.merged(f"{name}.weight", base[f"{name}.weight"])
+            self.model.get_submodule(name).weight.copy_(merged)
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def save_adapters(directory, adapters, value_head=None):
+    """Write each adapter in peft's format under its name, and the value head beside them: all files or none."""
+    with replace_files(directory) as part:
+        for adapter in adapters:
+            save_adapter(part / adapter.name, adapter)
+        if value_head is not None:
+            head = {name: p.detach().cpu() for name, p in value_head.named_parameters()}
+            save_file(head, part / "value_head.safetensors")
+
+
+@torch.no_grad()
+def load_adapters(directory, adapters, value_head=None):
+    """Read what `save_adapters` wrote. Raises UserError, with nothing changed, if a file is missing, damaged, does not fit,
+    or was trained on another base."""
+    directory, loaded = Path(directory), []
+    for adapter in adapters:  # check everything before changing anything
+        file = directory / adapter.name / "adapter_model.safetensors"
+        parameters = {f"base_model.model.{name}": p for name, p in adapter.named_parameters().items()}
+        loaded += read_tensors_for(file, parameters, adapter.base_fingerprint)
+    if value_head is not None:
+        parameters = dict(value_head.named_parameters())
+        loaded += read_tensors_for(directory / "value_head.safetensors", parameters)
+    for parameter, tensor in loaded:
+        parameter.copy_(tensor)
 
 
 # Matrices without an adapter of their own that a base is told by all the same.
