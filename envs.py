@@ -75,10 +75,8 @@ class Curriculum:
         self._row = {task: row for row, task in enumerate(self.task_ids)}
         self._outcomes = [deque(maxlen=self.window) for _ in self.task_ids]
         self.num_updates = 0
-        self.deferred, self.pending = (
-            deferred,
-            [],
-        )  # pending: (task id, success) in the order in which episodes ended
+        # pending: (task id, success) in the order in which episodes ended
+        self.deferred, self.pending = deferred, []
 
     def success_rates(self):
         """(num_tasks,) float64 in (0, 1): s_j with the prior."""
@@ -392,9 +390,8 @@ class LiberoVecEnv(VectorEnv):
         }
         info = {name: x.copy() for name, x in info.items()}
         info |= {"final_info": dict(info), "_final_info": ended, "final_obs": final_obs, "_final_obs": ended}
-        self.timing = dict(
-            zip(("physics", "render", "reset"), a.seconds.sum(axis=0).tolist())
-        )  # over the environments
+        # over the environments
+        self.timing = dict(zip(("physics", "render", "reset"), a.seconds.sum(axis=0).tolist()))
         self.timing["busiest"] = self._pool.busy_seconds  # of the worker that took longest
         self.timing["wait"] = wait  # of this process for the workers
         self.timing["wall"] = time.perf_counter() - began
@@ -410,10 +407,8 @@ class LiberoVecEnv(VectorEnv):
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
 
-    merge_states, split_state = (
-        staticmethod(merge_states),
-        staticmethod(split_state),
-    )  # those of several ranks
+    # those of several ranks
+    merge_states, split_state = staticmethod(merge_states), staticmethod(split_state)
 
     _SAVED = ("agentview", "assignment", "task_id", "init_state", "steps", "idle", "eef_pos", "gripper")
 

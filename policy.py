@@ -158,9 +158,8 @@ class OpenVLA(nn.Module):
         self.suffix_token_id = config.get("suffix_token_id", 29871)
         self.norm_stats = config.get("norm_stats", {})
         self.gradient_checkpointing = False
-        self.needs_all_ranks = (
-            False  # True: every forward pass is a meeting of all ranks (models/sharding.py)
-        )
+        # True: every forward pass is a meeting of all ranks (models/sharding.py).
+        self.needs_all_ranks = False
         self.active_adapter = None  # models/adapters.py
         self.unused = {}  # name -> CPU tensor: in the file, not computed with (last blocks, final norms, attn_pool)
         self.side_files = {}  # name -> bytes: tokenizer and whatever else came with the weights
@@ -286,9 +285,8 @@ class OpenVLA(nn.Module):
 
     def _teacher_forced(self, input_ids, attention_mask, action_tokens, images):
         tokens = action_tokens[:, :-1]  # the last one predicts nothing
-        return self._states(input_ids, attention_mask, images, count=ACTION_DIM, tokens=tokens)[
-            0
-        ]  # (B, 7, d)
+        # (B, 7, d)
+        return self._states(input_ids, attention_mask, images, count=ACTION_DIM, tokens=tokens)[0]
 
     def action_logits(self, input_ids, attention_mask, action_tokens, **images):
         """(B, 7, 256) float32: teacher-forced logits of the action bins, in token id order."""

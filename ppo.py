@@ -50,13 +50,9 @@ class PPOConfig:
     temperature: float = 1.5  # of sampling; log-probs are taken at the same one
     epochs: int = 1  # passes over the rollout
     minibatch_size: int = 128  # transitions per optimiser step
-    micro_batch_size: int = (
-        32  # transitions per forward and backward pass: memory only, no effect on the result
-    )
+    micro_batch_size: int = 32  # transitions per forward and backward pass: memory only
     clip: float = 0.2  # eps of Eq. 2
-    value_clip: float = (
-        0.2  # how far one update may move a value estimate before its gradient stops; 0 = no clipping
-    )
+    value_clip: float = 0.2  # how far one update may move a value before its gradient stops; 0 = no limit
     value_coef: float = 1.0  # weight of the value loss; matters only where critic and policy share parameters
     entropy_coef: float = 0.0  # bonus for entropy, in nats per action
     max_grad_norm: float = 1.0  # of policy and of critic, each
@@ -92,17 +88,14 @@ class RolloutBuffer:
         self.frames = np.zeros((T + 1, N, *frame_shape), np.uint8)
         self.instructions = [[""] * N for _ in range(T + 1)]
         self.images = torch.zeros(T + 1, N, *image_shape, dtype=image_dtype)
-        self.input_ids = torch.zeros(
-            T + 1, N, 0, dtype=torch.long
-        )  # (T + 1, N, L), grows to the longest prompt seen
-        self.attention_mask = torch.zeros(
-            T + 1, N, 0, dtype=torch.long
-        )  # 1 = prompt, 0 = padding on the right
+        # (T + 1, N, L), grows to the longest prompt seen
+        self.input_ids = torch.zeros(T + 1, N, 0, dtype=torch.long)
+        # 1 = prompt, 0 = padding on the right
+        self.attention_mask = torch.zeros(T + 1, N, 0, dtype=torch.long)
         # What the policy did.
         self.action_tokens = torch.zeros(T, N, ACTION_TOKENS, dtype=torch.long)
-        self.token_log_probs = torch.zeros(
-            T, N, ACTION_TOKENS
-        )  # of the sampled tokens under the behaviour policy
+        # of the sampled tokens under the behaviour policy
+        self.token_log_probs = torch.zeros(T, N, ACTION_TOKENS)
         self.log_probs = torch.zeros(T, N)  # Eq. 1: their sum
         self.values = torch.zeros(T, N)  # V(o_t) at the time of the rollout
         # What the environment answered.
@@ -136,16 +129,11 @@ class RolloutBuffer:
         if extra > 0:  # a longer instruction than any so far; old rows get more padding
             self.input_ids = F.pad(self.input_ids, (0, extra))
             self.attention_mask = F.pad(self.attention_mask, (0, extra))
-        self.input_ids[t], self.attention_mask[t] = (
-            0,
-            0,
-        )  # the previous rollout's prompts may have been longer
+        # the previous rollout's prompts may have been longer
+        self.input_ids[t], self.attention_mask[t] = 0, 0
         self.input_ids[t, :, :width], self.attention_mask[t, :, :width] = input_ids, attention_mask
-        self.frames[t], self.instructions[t], self.images[t] = (
-            frames,
-            list(instructions),
-            images[self.image_kind],
-        )
+        self.frames[t], self.instructions[t] = frames, list(instructions)
+        self.images[t] = images[self.image_kind]
 
     def store_decision(self, t, action_tokens, token_log_probs, values):
         """Write a_t: action_tokens and token_log_probs (N, 7), and V(o_t) (N,)."""
@@ -189,12 +177,9 @@ class RolloutBuffer:
         # values[t + 1] belongs to the next episode: keep what store_outcome wrote.
         ended = self.terminated | self.truncated
         self.next_values = torch.where(ended, self.next_values, following)
-        for quantity, tensor in (
-            ("reward", self.rewards),
-            ("log-prob", self.log_probs),
-            ("value", self.values),
-        ):
-            check_finite(quantity, tensor)
+        check_finite("reward", self.rewards)
+        check_finite("log-prob", self.log_probs)
+        check_finite("value", self.values)
         check_finite("value of the last observation", self.next_values)
         self.advantages, self.returns = compute_gae(
             self.rewards, self.values, self.next_values, self.terminated, self.truncated, gamma, gae_lambda
@@ -325,9 +310,8 @@ def minibatches(T, N, size, generator):
     are spread over processes. Equal parts instead of full ones and a rest: a last mini-batch of three samples would move
     the weights as far as the others.
     """
-    order = torch.stack(
-        [torch.randperm(T, generator=generator) for _ in range(N)], dim=1
-    )  # (T, N): decision t of n
+    # (T, N): decision t of n
+    order = torch.stack([torch.randperm(T, generator=generator) for _ in range(N)], dim=1)
     count = min(T, math.ceil(T * N / size))
     return [(t * N + torch.arange(N)).flatten() for t in order.tensor_split(count)]
 
@@ -382,9 +366,8 @@ def ppo_update(
 
             for micro in minibatch.split(cfg.micro_batch_size):
                 observation, tokens, old_log_probs, old_values, returns = buffer.batch(micro, device)
-                weight = 1 / len(
-                    whole
-                )  # losses are sums over micro-batches, divided by the size of the mini-batch
+                # losses are sums over micro-batches, divided by the size of the mini-batch
+                weight = 1 / len(whole)
 
                 # Policy. Its backward pass comes before the critic's forward pass: an actor-critic may switch adapters
                 # in place between the two, and only one graph has to fit in memory.
@@ -392,14 +375,11 @@ def ppo_update(
                     token_log_probs, token_entropy = actor_critic.evaluate_actions(
                         action_tokens=tokens, temperature=cfg.temperature, **observation
                     )
-                    log_probs, entropy = (
-                        action_log_prob(token_log_probs),
-                        token_entropy.sum(-1),
-                    )  # (B,), Eq. 1
+                    log_probs = action_log_prob(token_log_probs)  # (B,), Eq. 1
+                    entropy = token_entropy.sum(-1)  # (B,)
                     check_finite("log-prob", log_probs, micro)
-                    loss, ratio = policy_loss(
-                        log_probs, old_log_probs, advantages[micro].to(device), cfg.clip
-                    )  # Eq. 2
+                    micro_advantages = advantages[micro].to(device)
+                    loss, ratio = policy_loss(log_probs, old_log_probs, micro_advantages, cfg.clip)  # Eq. 2
                     total = (loss.sum() - cfg.entropy_coef * entropy.sum()) * weight
                     check_finite("policy loss", total, micro)
                     total.backward()

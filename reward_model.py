@@ -81,13 +81,8 @@ def find_milestones(openness, change, still, hold):
     Not significant: an opening before the first closing, which is the hand getting ready after reset (we start as
     "opening"), and a turn that is taken back within `hold` rows, which is a slip.
     """
-    milestones, opening, arrived, extreme, turned = (
-        [],
-        True,
-        True,
-        openness[0],
-        False,
-    )  # arrived: where they last stopped
+    milestones, opening, extreme, turned = [], True, openness[0], False
+    arrived = True  # where the fingers last stopped: at "open"
     motion = np.append(np.abs(np.diff(openness)), 0.0)
     for t, value in enumerate(openness):
         extreme = max(extreme, value) if opening else min(extreme, value)
@@ -336,9 +331,10 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
     """An RPRM, a tuned VLM or else a stock VLM, each by its directory or hub id, for frames and actions."""
     folder = resolve_checkpoint(path, "reward model")
     info, config = folder / "rprm.json", folder / "config.json"
-    is_vlm = (
-        "vlm" in read_json(info) if info.is_file() else '"openvla"' not in config.read_text(errors="replace")
-    )
+    if info.is_file():
+        is_vlm = "vlm" in read_json(info)
+    else:
+        is_vlm = '"openvla"' not in config.read_text(errors="replace")
     return (VLM if is_vlm else RPRM).from_pretrained(folder, dtype=dtype, device=device)
 
 
@@ -457,9 +453,8 @@ class Examples:
     """Labelled rows of many trajectories, in the form that the reward model reads (`RPRM` or `VLM`)."""
 
     instructions: list  # n strings
-    images: (
-        torch.Tensor
-    )  # what `encode_images` gives: patch embeddings (n, P, d) float16, or frames; on the CPU
+    # what `encode_images` gives: patch embeddings (n, P, d) float16, or frames; on the CPU
+    images: torch.Tensor
     actions: torch.Tensor  # (n, 7) int64: what `encode_actions` gives
     labels: torch.Tensor  # (n,) float32, 1 or 0
     trajectory: torch.Tensor  # (n,) int64, number of the trajectory that the row is from

@@ -255,12 +255,9 @@ class Training:
         self.tokens, self.soft = data.tokenize(model)
         self.input_ids, self.mask = model.tokenize(data.instructions)
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
-        matrices, others = (
-            [p for p in self.weights.values() if (p.ndim >= 2) == wide] for wide in (True, False)
-        )
         groups = (
-            {"params": matrices, "weight_decay": args.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in weights.values() if p.ndim >= 2], "weight_decay": args.weight_decay},
+            {"params": [p for p in weights.values() if p.ndim < 2], "weight_decay": 0.0},
         )
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
         self.step, self.seconds, self.running_loss, self.log = 0, 0.0, float("nan"), []
@@ -453,11 +450,8 @@ def main(args):
         f"{args.batch_size}" + (f"; resumed after step {training.step}" if resumed else "")
     )
 
-    main_process, stop, began = (
-        ranks.is_main_process,
-        StopRequest(ranks.print0),
-        time.time() - training.seconds,
-    )
+    main_process, stop = ranks.is_main_process, StopRequest(ranks.print0)
+    began = time.time() - training.seconds
     if main_process:
         make_directory(out)
         write_log(out, args, training.log)  # the settings, for --resume

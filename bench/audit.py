@@ -27,9 +27,8 @@ def audit_training(report):
 
     def audited_step(self, actions):
         obs, reward, terminated, truncated, info = step(self, actions)
-        so_far = lengths.setdefault(
-            "now", np.zeros(self.num_envs, int)
-        )  # control steps of each environment's episode
+        # control steps of each environment's episode
+        so_far = lengths.setdefault("now", np.zeros(self.num_envs, int))
         after = info["episode_length"]
         ended, cut, grown = terminated | truncated, info["worker_restarted"], after - so_far
         full = self.action_repeat

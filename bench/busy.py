@@ -169,9 +169,8 @@ def show(r):
     rows = []
     for name in SPINCOUNTS:
         starts = [row for row in r["starts"] if row["setting"] == name]
-        alone, beside = (
-            1e3 * np.array([row[kind] for row in starts]) for kind in ("alone", "beside")
-        )  # (starts, n)
+        # (starts, n)
+        alone, beside = (1e3 * np.array([row[kind] for row in starts]) for kind in ("alone", "beside"))
         medians = np.median(alone), np.median(beside)
         rows.append((name, *medians, medians[1] / medians[0], beside.mean(1).max(), beside.max()))
     columns = [

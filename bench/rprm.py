@@ -335,9 +335,8 @@ def progress_correlations(runs, rate):
 
 def loitering(won, hovers, weight, gamma):
     """The third table: {mode: numbers} of successful runs and their hovering twins, in order."""
-    pairs = [
-        pair for pair in zip(won, hovers, strict=True) if not pair[1]["success"]
-    ]  # some objects fall into place
+    # some objects fall into place
+    pairs = [pair for pair in zip(won, hovers, strict=True) if not pair[1]["success"]]
     table = {}
     for mode in MODES:
         sparse = [shaped_return(run, "none", 0.0, gamma) for run, _ in pairs]

@@ -7,9 +7,8 @@ METRES_PER_DECISION = (
     0.05  # displacement of a full command held for 4 control steps, measured in steady state
 )
 RADIANS_PER_DECISION = 0.5
-GAIN = np.array(
-    [0.5, 0.6, 0.8]
-)  # share of the remaining way per decision, x y z: the arm coasts 1 to 3 cm after a full command
+# share of the remaining way per decision, x y z: the arm coasts 1 to 3 cm after a full command
+GAIN = np.array([0.5, 0.6, 0.8])
 OPEN_GAP = 0.078  # metres between the pads of the open gripper
 
 # Boxes of the hand around the grip site, in its own axes (along the fingers' opening, across, up), from the collision meshes.
@@ -153,10 +152,8 @@ class Scene:
         keep = ~np.isin(self.owner, ignore)
         low, high = self.low[keep], self.high[keep]
         over = (low[:, 2] > self.eef[2]) & (low[:, 2] < self.eef[2] + 0.25)
-        right, left = (
-            self.eef[:2] + margin - low[:, :2],
-            high[:, :2] - self.eef[:2] + margin,
-        )  # how far in, from either side
+        # how far in, from either side
+        right, left = self.eef[:2] + margin - low[:, :2], high[:, :2] - self.eef[:2] + margin
         over &= ((right > 0) & (left > 0)).all(1)
         step = np.zeros(2)
         for below, above in zip(right[over], left[over], strict=True):

@@ -53,9 +53,8 @@ class PickAndPlace:
         self.carry_height = (
             self.release_height if walls is None else max(self.release_height, walls + self.hang + 0.02)
         )
-        self.clearance = (
-            high[2] - (self.rest[2] + self.offset[2]) + 0.045
-        )  # above the grasp point, free of the object
+        # above the grasp point, free of the object
+        self.clearance = high[2] - (self.rest[2] + self.offset[2]) + 0.045
         self.back = np.array([0.0, 0.0, 1.0])  # the way the hand comes from
         self.upright = abs(self.grasp.rotation[2, 2]) > 0.9
         if not self.upright:
@@ -104,9 +103,8 @@ class PickAndPlace:
         error = point - eef
         along = error @ back
         lateral = np.linalg.norm(error[:2] if self.upright else error - along * back)
-        started = (
-            scene.gap < 0.072
-        )  # the fingers have begun to close: stay with it unless the object is clearly elsewhere
+        # the fingers have begun to close: stay with it unless the object is clearly elsewhere
+        started = scene.gap < 0.072
         close = self.grasp.near
         near = (close + 0.016, 0.035) if started else (close, 0.012)
         if not scene.free and 0.004 < scene.gap < self.grasp.closed:

@@ -35,9 +35,8 @@ class Adapter:
     """
 
     def __init__(self, model, name, config):
-        from peft import (
-            inject_adapter_in_model,
-        )  # not at the top: it takes seconds to import, and only training needs it
+        # not at the top: it takes seconds to import, and only training needs it
+        from peft import inject_adapter_in_model
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are the point here

@@ -153,9 +153,8 @@ def resolve_checkpoint(name, kind="policy"):
 def _own_or_inner(folder, kind):
     inner = folder / {"policy": "policy", "reward model": "rprm"}[kind]
     has_config = (folder / "config.json").is_file()
-    is_run = has_config and "total_steps" in read_json(
-        folder / "config.json"
-    )  # train.py's settings, not a model's
+    # train.py's settings, not a model's
+    is_run = has_config and "total_steps" in read_json(folder / "config.json")
     if inner.is_dir() and (is_run or not has_config):
         return inner
     if is_run:

@@ -35,9 +35,8 @@ def _crop_matrix(size, start):
     """start (B,) in pixels -> (B, size, size): bilinear crop of CROP_SIDE x size from `start` on, scaled up
     to size."""
     position = start[:, None] + torch.arange(size) * CROP_SIDE  # (B, size)
-    return (1 - (position[:, :, None] - torch.arange(size)).abs()).clamp_min(
-        0
-    )  # a hat function interpolates linearly
+    # a hat function interpolates linearly
+    return (1 - (position[:, :, None] - torch.arange(size)).abs()).clamp_min(0)
 
 
 def resize_frames(frames, image_size, jpeg=True):
@@ -50,9 +49,8 @@ def resize_frames(frames, image_size, jpeg=True):
         frames = np.stack([_jpeg_round_trip(frame) for frame in frames])
     batch, height, width, _ = frames.shape
     x = torch.from_numpy(frames).view(batch, height, width * 3).float()
-    x = (_lanczos_matrix(height, image_size) @ x).view(
-        batch, image_size, width, 3
-    )  # rows first: no transposed copy
+    # rows first: no transposed copy
+    x = (_lanczos_matrix(height, image_size) @ x).view(batch, image_size, width, 3)
     x = x.transpose(2, 3).contiguous() @ _lanczos_matrix(width, image_size).T  # (B, S, 3, S)
     return x.transpose(1, 2).round().clamp_(0, 255).to(torch.uint8, memory_format=torch.contiguous_format)
 
@@ -60,9 +58,8 @@ def resize_frames(frames, image_size, jpeg=True):
 def _jpeg_round_trip(frame):
     data = io.BytesIO()
     Image.fromarray(frame).save(data, "JPEG", quality=95, subsampling=2)  # the bytes equal TensorFlow's
-    return simplejpeg.decode_jpeg(
-        data.getvalue(), fastdct=True, fastupsample=False
-    )  # the fast DCT, as TensorFlow
+    # the fast DCT, as TensorFlow
+    return simplejpeg.decode_jpeg(data.getvalue(), fastdct=True, fastupsample=False)
 
 
 def crop_and_normalize(images, crop="center", jitter=0.0, generator=None):

@@ -24,9 +24,8 @@ from support.errors import UserError
 from support.files import atomic_write, read_json
 
 EDGES = np.linspace(-1.0, 1.0, 256)  # of the policy's bins: `policy.ActionTokenizer`
-CENTRES = np.append(
-    (EDGES[:-1] + EDGES[1:]) / 2, (EDGES[-2] + EDGES[-1]) / 2
-)  # 256 bins, the highest two share one
+# 256 bins, the highest two share one
+CENTRES = np.append((EDGES[:-1] + EDGES[1:]) / 2, (EDGES[-2] + EDGES[-1]) / 2)
 
 
 class VLM:
@@ -89,9 +88,8 @@ class VLM:
         inputs = self.image_processor(images=images, return_tensors="pt")
         image_id = self.model.config.image_token_id
         image_token = self.tokenizer.convert_ids_to_tokens(image_id)
-        patches = (
-            int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
-        )  # of each image
+        # of each image
+        patches = int(inputs["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
         tokens = self.tokenizer(
             [text.replace(image_token, image_token * patches) for text in texts], **padding
         )
@@ -109,9 +107,8 @@ class VLM:
 
     def _logits(self, frames, questions):
         """(B, V) float32 logits of the answer's first token."""
-        inputs = self._inputs(list(frames), questions).to(
-            self.model.device, self.model.dtype
-        )  # casts what is a float
+        # casts what is a float
+        inputs = self._inputs(list(frames), questions).to(self.model.device, self.model.dtype)
         return self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
 
     # ---- scoring -----------------------------------------------------------------------------------------------------

@@ -27,12 +27,8 @@ STRETCHES = (
     ("mesh_polymapadr", "mesh_polymapnum", ["mesh_polymap"], "nmeshpolymap"),
     ("mesh_polyvertadr", "mesh_polyvertnum", ["mesh_polyvert"], "nmeshpolyvert"),
 )  # fmt: skip
-VOLUMES = (
-    "bvh_depth",
-    "bvh_child",
-    "bvh_nodeid",
-    "bvh_aabb",
-)  # bounding volumes: stretches for each body and each mesh
+# bounding volumes: stretches for each body and each mesh
+VOLUMES = ("bvh_depth", "bvh_child", "bvh_nodeid", "bvh_aabb")
 
 
 def physics_model(model):

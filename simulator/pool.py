@@ -126,9 +126,8 @@ class WorkerPool:
             self._replace(worker, how)
             return
         worker.building = kind == "building"
-        patience = (
-            BUILD_TIMEOUT if worker.building or worker.failures else self.timeout
-        )  # a replacement warms up
+        # a replacement warms up
+        patience = BUILD_TIMEOUT if worker.building or worker.failures else self.timeout
         worker.deadline = time.monotonic() + patience
         if kind == "built":
             on_built()
@@ -152,9 +151,8 @@ class WorkerPool:
         worker.spawn(self._config)
         commands, worker.outstanding = worker.outstanding, deque()
         for command in commands:
-            worker.send(
-                command, BUILD_TIMEOUT
-            )  # the first answer waits for the start of Python and a compiled task
+            # the first answer waits for the start of Python and a compiled task
+            worker.send(command, BUILD_TIMEOUT)
 
 
 class WorkerProcess:
@@ -163,9 +161,8 @@ class WorkerProcess:
     def __init__(self, index, envs, egl_device=None):
         self.index, self.envs, self.egl_device = index, envs, egl_device
         self.process = self.conn = self.log = None
-        self.outstanding = (
-            deque()
-        )  # commands without an answer yet, oldest first: what a replacement must do again
+        # commands without an answer yet, oldest first: what a replacement must do again
+        self.outstanding = deque()
         self.deadline = 0.0
         self.building = (
             True  # Python is starting or a model is being compiled: reading files takes no processor time

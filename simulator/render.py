@@ -74,9 +74,8 @@ class Renderer:
         self.options.geomgroup[VISIBLE] = 1
         self.perturb = mujoco.MjvPerturb()
         self.viewport = mujoco.MjrRect(0, 0, size, size)
-        self.focal = (
-            0.5 * size / np.tan(0.5 * np.deg2rad(model.cam_fovy[self.camera.fixedcamid]))
-        )  # in drawn pixels
+        # in drawn pixels
+        self.focal = 0.5 * size / np.tan(0.5 * np.deg2rad(model.cam_fovy[self.camera.fixedcamid]))
         self.block = BLOCK if resolution % BLOCK == 0 else resolution
 
         # A sky that walls hide costs a tenth of a picture. The camera and the walls do not move, so one look is enough.
@@ -87,9 +86,8 @@ class Renderer:
         self.visual = np.flatnonzero(model.geom_group == VISIBLE)
         self.radius = np.array([_radius(drawn, geom) for geom in self.visual])
         arm = model.body_rootid == model.body_rootid[model.site_bodyid[arm_site]]
-        self.movers = (arm & (model.body_weldid != 0))[
-            model.geom_bodyid[self.visual]
-        ]  # what will not stand still
+        # what will not stand still
+        self.movers = (arm & (model.body_weldid != 0))[model.geom_bodyid[self.visual]]
         material = model.geom_matid[self.visual]
         self.glass = (model.geom_rgba[self.visual, 3] < 1.0) | (
             (material >= 0) & (model.mat_rgba[material, 3] < 1.0)
@@ -197,18 +195,16 @@ class Renderer:
             return everywhere
         camera, radius = self.camera.fixedcamid, self.radius[which, None]
         centres = data.geom_xpos[self.visual[which]] - data.cam_xpos[camera]
-        centres = centres @ data.cam_xmat[camera].reshape(
-            3, 3
-        )  # (n, 3): to the right, up, and behind the camera
+        # (n, 3): to the right, up, and behind the camera
+        centres = centres @ data.cam_xmat[camera].reshape(3, 3)
         across, ahead = centres[:, :2], -centres[:, 2:]
         if (ahead <= radius).any():
             return everywhere
         slope = radius * np.sqrt(across**2 + ahead**2 - radius**2)
         tangents = [(across * ahead + sign * slope) / (ahead**2 - radius**2) for sign in (-1.0, 1.0)]
         drawn = self.viewport.width * self.block / self.resolution
-        low, high = (
-            (0.5 * self.viewport.width + self.focal * tangent) / drawn for tangent in tangents
-        )  # (n, 2)
+        # (n, 2)
+        low, high = ((0.5 * self.viewport.width + self.focal * tangent) / drawn for tangent in tangents)
         low = np.floor(low.min(0, initial=np.inf) - 1.0 / drawn)  # and a pixel of room
         high = np.ceil(high.max(0, initial=-np.inf) + 1.0 / drawn)
         return (

@@ -17,12 +17,10 @@ FRAME = (RESOLUTION, RESOLUTION, 3)
 
 # A row of `assignment` is (task, initial state, seed, episode number): what the environment plays next. In it,
 NO_TASK = -1  # as a task: nothing, the environment stays idle
-RANDOM_PLACEMENT = (
-    -1
-)  # as an initial state: objects placed by the episode's generator, as in LIBERO's own reset
-RANDOM_PROTOCOL_STATE = (
-    -2
-)  # as an initial state: one of the evaluation's states, drawn by the episode's generator
+# as an initial state: objects placed by the episode's generator, as in LIBERO's own reset
+RANDOM_PLACEMENT = -1
+# as an initial state: one of the evaluation's states, drawn by the episode's generator
+RANDOM_PROTOCOL_STATE = -2
 FRESH = 1000  # as an initial state, this and above: a random placement that depends on the number and the task alone
 
 # `progress`: how far a worker got with an environment's step, for the replacement of a worker that died in it.

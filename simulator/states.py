@@ -8,11 +8,8 @@ import json
 
 import numpy as np
 
-_OLD_NAMES = {
-    "parked": "idle",
-    "asked_now": "assigned_now",
-    "asked_next": "assigned_next",
-}  # until November 2026
+# until November 2026
+_OLD_NAMES = {"parked": "idle", "asked_now": "assigned_now", "asked_next": "assigned_next"}
 
 
 def current_names(state):

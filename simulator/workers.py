@@ -131,9 +131,8 @@ class Worker:
     def _publish_privileged(self, i):
         p = self.episodes[i].privileged()
         self.shared.eef_pos[i] = p["eef_pos"]
-        self.shared.gripper[i] = (
-            p["gripper_qpos"][0] - p["gripper_qpos"][1]
-        )  # the fingers open in opposite directions
+        # the fingers open in opposite directions
+        self.shared.gripper[i] = p["gripper_qpos"][0] - p["gripper_qpos"][1]
 
     def _step(self, i, action_repeat, max_steps):
         s, episode = self.shared, self.episodes[i]
@@ -236,6 +235,5 @@ def worker_main(descriptor):
         where = traceback.extract_tb(exc.__traceback__)[-1]
         last_words = f"{type(exc).__name__}: {exc} ({Path(where.filename).name}:{where.lineno})"
     print(" ".join(last_words.split()), file=sys.stderr, flush=True)
-    os._exit(
-        1
-    )  # no clean-up: freeing GL contexts is where drivers hang, and the operating system does it anyway
+    # no clean-up: freeing GL contexts is where drivers hang, and the operating system does it anyway
+    os._exit(1)

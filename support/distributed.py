@@ -48,9 +48,8 @@ class Ranks:
         """Find the other ranks through torchrun's store, and start to watch whether they live."""
         import torch.distributed as dist
 
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # torchrun's, when another rank died: not without a word
+        # torchrun's, when another rank died: not without a word
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             store = self._agree(dist)
             dist.init_process_group(
@@ -82,9 +81,8 @@ class Ranks:
         rank 0, which torchrun has ended before it starts a new one, answers each word with the name of this start.
         """
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        ours = (
-            self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        )  # without torchrun, rank 0 serves
+        # without torchrun, rank 0 serves
+        ours = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         store, word = dist.TCPStore(*address, is_master=ours), os.urandom(8).hex()
         until = time.monotonic() + MEETING
 

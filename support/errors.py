@@ -91,9 +91,8 @@ def explain_out_of_memory(advice):
         RuntimeError
     ) as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
         on_cpu = "DefaultCPUAllocator" in str(error)
-        library = any(
-            words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-        )  # cuBLAS etc.
+        # cuBLAS etc.
+        library = any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))
         if not (on_cpu or library or type(error).__name__ == "OutOfMemoryError"):
             raise
         raise UserError(f"the {'machine' if on_cpu else 'GPU'} is out of memory: {advice}") from error

@@ -20,10 +20,8 @@ def auroc_interval(value, positives, negatives):
     """95 % interval [low, high] of an AUROC from so many positives and negatives (Hanley and McNeil, 1982); NaN for NaN."""
     if math.isnan(value):
         return [math.nan, math.nan]
-    one, two = (
-        value / (2 - value),
-        2 * value**2 / (1 + value),
-    )  # P(two positives above one negative), P(one above two)
+    # P(two positives above one negative), P(one above two)
+    one, two = value / (2 - value), 2 * value**2 / (1 + value)
     variance = value * (1 - value) + (positives - 1) * (one - value**2) + (negatives - 1) * (two - value**2)
     half = 1.96 * math.sqrt(variance / (positives * negatives))
     return [max(0.0, value - half), min(1.0, value + half)]
@@ -36,9 +34,8 @@ def average_precision(scores, labels):
         return math.nan
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(labels[order])
-    last = np.append(
-        np.flatnonzero(np.diff(scores[order])), len(scores) - 1
-    )  # last row of each group of equal scores
+    # last row of each group of equal scores
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     gains = np.diff(hits[last], prepend=0)
     return float((gains * hits[last] / (last + 1)).sum() / labels.sum())
 

@@ -112,6 +112,5 @@ def _say_once(text):
 
 
 def _mujoco_warning(message):
-    _say_once(
-        message.split(". Time")[0]
-    )  # without the simulated time, which would make each message a new one
+    # without the simulated time, which would make each message a new one
+    _say_once(message.split(". Time")[0])

@@ -342,9 +342,8 @@ class Run:
             r.prm_scores[:, 0].tolist(),
             (r.terminated[:, 0].int() - r.truncated[:, 0].int()).tolist(),
             fps=20 / repeat,
-            first=max(
-                0, math.ceil(int(r.episode_lengths[0, 0]) / repeat) - 1
-            ),  # decisions of that episode before
+            # decisions of that episode before
+            first=max(0, math.ceil(int(r.episode_lengths[0, 0]) / repeat) - 1),
         )
 
     def _bring_back_directory(self):

@@ -68,10 +68,8 @@ def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path, policy)
     assert (
         success and arrays["agentview_rgb"].shape == (T, 256, 256, 3) and arrays["agentview_rgb"].std() > 10
     )
-    assert set(np.unique(arrays["clean_actions"][:, 6])) == {
-        -1.0,
-        1.0,
-    }  # open on the way, closed while carrying
+    # open on the way, closed while carrying
+    assert set(np.unique(arrays["clean_actions"][:, 6])) == {-1.0, 1.0}
     assert np.abs(arrays["actions"] - arrays["clean_actions"]).max() > 0.05
     path = demonstrations.demo_path(tmp_path, "libero_object", task.name)
     demonstrations.write_demos(path, [arrays], 4, task.instruction, **demos.task_attributes(task))

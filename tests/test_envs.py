@@ -231,9 +231,8 @@ def test_truncation_and_final_observation(one):
     last = _rollout(one, 3)[2]
     np.testing.assert_array_equal(last["final"], uncut[2]["frames"])
     np.testing.assert_array_equal(last["eef_pos"], uncut[2]["eef_pos"])  # of the state before the reset
-    assert (
-        last["2"].all() and not last["1"].any() and not last["0"].any()
-    )  # truncated, not terminated, no reward
+    # truncated, not terminated, no reward
+    assert last["2"].all() and not last["1"].any() and not last["0"].any()
 
 
 def _soup_in_basket(state, i):
@@ -263,9 +262,8 @@ def test_success_ends_the_decision_early(one):
     assert info["success"].tolist() == [False, True, False]
     assert info["episode_length"][1] < 4 and info["episode_length"][0] == 4
     assert info["init_state"].tolist() == [0, 1, 2] and info["task_id"].tolist() == [0, 0, 0]
-    assert one.curriculum.num_updates == int(
-        state["curriculum_num_updates"]
-    )  # assigned: none of its business
+    # assigned: none of its business
+    assert one.curriculum.num_updates == int(state["curriculum_num_updates"])
 
 
 def _interrupt_a_step(envs):
@@ -327,11 +325,8 @@ def test_saved_state_continues_equally(one, two, tmp_path):
     obs = two.set_state(state)
     np.testing.assert_array_equal(obs["agentview"], state["agentview"])
     _assert_same(expected, _rollout(two, 5, first=4))
-    names = {
-        "idle": "parked",
-        "assigned_now": "asked_now",
-        "assigned_next": "asked_next",
-    }  # until November 2026
+    # until November 2026
+    names = {"idle": "parked", "assigned_now": "asked_now", "assigned_next": "asked_next"}
     two.set_state({names.get(key, key): x for key, x in state.items()})
     _assert_same(expected, _rollout(two, 5, first=4))
     with pytest.raises(UserError, match="settings"):
@@ -352,9 +347,8 @@ def test_curriculum_is_asked_and_told(one):
         one.curriculum.load_state_dict(Curriculum(TASKS).state_dict())
         for _ in range(20):
             one.curriculum.update(1, True)
-        assert (
-            _rollout(one, 3)[-1]["next_task"].tolist() == [0] * N
-        )  # fresh statistics, not those of an episode ago
+        # fresh statistics, not those of an episode ago
+        assert _rollout(one, 3)[-1]["next_task"].tolist() == [0] * N
     finally:
         one.curriculum = before
 

@@ -316,9 +316,8 @@ def test_a_mistyped_flag_answers_at_once():
     assert (
         process.returncode == 2 and "--checkpoint" in err and len(err.strip().splitlines()) == 1 and out == ""
     )
-    assert (
-        time.monotonic() - began < 5
-    )  # a second on a quiet machine; importing torch alone takes longer on a loaded one
+    # a second on a quiet machine; importing torch alone takes longer on a loaded one
+    assert time.monotonic() - began < 5
 
 
 def _command(*flags):

@@ -96,9 +96,8 @@ def batch(small):
 def test_official_outputs(official, expected, prompts, i):
     ids, pixels = prompts[0][i]
     with torch.no_grad():
-        reference = expected[f"projector_{i}"].astype(
-            np.float32
-        )  # stored as float16: compare at its precision
+        # stored as float16: compare at its precision
+        reference = expected[f"projector_{i}"].astype(np.float32)
         np.testing.assert_allclose(official.embed_images(pixels)[0].numpy(), reference, rtol=1e-3, atol=1e-3)
         logits = official(input_ids=ids, pixel_values=pixels).logits
         assert logits.shape == (1, 256 + ids.shape[1], 32064)
@@ -745,6 +744,5 @@ def test_actor_critic_bad_input(batch, tmp_path):
     before = [p.clone() for p in actor_critic.parameters()]
     with pytest.raises(UserError, match="critic"):
         actor_critic.load_adapters(tmp_path / "a")
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, actor_critic.parameters(), strict=True)
-    )  # nothing half-loaded
+    # nothing half-loaded
+    assert all(torch.equal(a, b) for a, b in zip(before, actor_critic.parameters(), strict=True))

@@ -145,9 +145,8 @@ def test_bad_trajectories_are_counted_not_dropped():
 
 def test_failed_trajectory_gives_hard_negatives():
     """No positives; windows of the last segment turn negative, those of completed segments lose their label."""
-    arguments = [
-        np.concatenate([x, np.repeat(x[-1:], 20, axis=0)]) for x in pick_and_place(20)
-    ]  # hovers at the end
+    # hovers at the end
+    arguments = [np.concatenate([x, np.repeat(x[-1:], 20, axis=0)]) for x in pick_and_place(20)]
     won, lost = (
         reward_model.label_trajectory(*arguments),
         reward_model.label_trajectory(*arguments, success=False),

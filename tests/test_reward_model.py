@@ -27,9 +27,8 @@ def test_score_is_the_posterior_at_the_true_rate_of_positives():
     rng = np.random.default_rng(0)
     labels = rng.random(200_000) < 0.1
     x = rng.normal(np.where(labels, 1.0, -1.0), 1.0)
-    logits = torch.from_numpy(
-        np.stack([x, -x], axis=1)
-    )  # log N(x; 1, 1) - log N(x; -1, 1) = 2x: what balanced draws teach
+    # log N(x; 1, 1) - log N(x; -1, 1) = 2x: what balanced draws teach
+    logits = torch.from_numpy(np.stack([x, -x], axis=1))
     score = score_of(logits, 0.1).numpy()
     assert metrics.calibration(score, labels)["ece"] < 0.005 and score.mean() == pytest.approx(0.1, abs=0.005)
     bare = score_of(logits, 0.5).numpy()
@@ -374,9 +373,8 @@ def test_train_and_score_commands(tiny, tmp_path, capsys):
         ]
     )
     printed = capsys.readouterr().out
-    assert (
-        "17 of 20 trajectories used" in printed and "AUROC" in printed
-    )  # --limit is of the demonstrations: 4 + 8 + 8, 3 of them broken
+    # --limit is of the demonstrations: 4 + 8 + 8, 3 of them broken
+    assert "17 of 20 trajectories used" in printed and "AUROC" in printed
     info = json.loads((out / "rprm.json").read_text())
     assert (
         info["label_rule"]["window"] == 0.6 and 0 <= info["held_out"]["auroc"] <= 1 and info["train_rows"] > 0

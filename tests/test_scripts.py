@@ -41,9 +41,8 @@ def test_start_makes_policy_and_reward_model_and_goes_on_where_it_stopped(tmp_pa
     policy, reward_model = OpenVLA.from_pretrained(made / "policy"), RPRM.from_pretrained(made / "rprm")
     assert policy.unnorm_key_for("libero_object") and reward_model.shares_vision(policy)
     info = json.loads((made / "rprm" / "rprm.json").read_text())
-    assert (
-        info["suite"] == "libero_object" and "failures" in info["data"]
-    )  # a policy of two steps does not succeed
+    # a policy of two steps does not succeed
+    assert info["suite"] == "libero_object" and "failures" in info["data"]
 
     before = times(tmp_path)
     again = start(made, work)

@@ -236,9 +236,8 @@ def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
         return run.wait(60), run.stderr.read()
 
     assert interrupt(signal.SIGKILL, *flags, "--out", tmp_path / "b")[0] == -signal.SIGKILL
-    assert (
-        f"--resume {tmp_path / 'b'}" in _sft(*flags, "--out", tmp_path / "b", code=1).stderr
-    )  # not overwritten
+    # not overwritten
+    assert f"--resume {tmp_path / 'b'}" in _sft(*flags, "--out", tmp_path / "b", code=1).stderr
     code, err = interrupt(signal.SIGINT, "--resume", tmp_path / "b")
     assert code == 130 and f"python sft.py --resume {tmp_path / 'b'}" in err
     assert "resumed after step" in _sft("--resume", tmp_path / "b").stdout
@@ -329,9 +328,8 @@ def official(tmp_path_factory):
     folder = tmp_path_factory.mktemp("official")
     _write_demos(folder / "data" / "libero_object", repeat=1)
     model = OpenVLA.from_pretrained(OFFICIAL)
-    tokenizer = tiny_tokenizer(
-        ["task", "0", "1"], PROMPT
-    )  # ids below the official vocabulary's end: all that is asked
+    # ids below the official vocabulary's end: all that is asked
+    tokenizer = tiny_tokenizer(["task", "0", "1"], PROMPT)
     model.side_files["tokenizer.json"] = tokenizer.to_str().encode()
     model.save_pretrained(folder / "init")
     return ["--data", str(folder / "data"), "--init", str(folder / "init")]
@@ -373,9 +371,8 @@ def test_adapters_in_bfloat16_resume_exactly_and_merge(official, tmp_path):
         tmp_path / "out" / "adapters" / "policy", device="cpu"
     ).keys() == {f"base_model.model.{name}" for name in training.weights}
     merged = OpenVLA.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    assert (
-        merged.norm_stats.keys() >= {"libero_object"} and merged.unused
-    )  # what official files hold stays with them
+    # what official files hold stays with them
+    assert merged.norm_stats.keys() >= {"libero_object"} and merged.unused
     rows = training.held_rows[:4]
     pixels, prompt = crop_and_normalize(training.data.images(rows)), training.data.instruction[rows]
     theirs = merged.action_logits(

@@ -372,9 +372,8 @@ def test_random_placements(task):
             episode.reset(None, rng)
         before = np.random.get_state()[1].copy()
         episode.reset(None, rng)
-        np.testing.assert_array_equal(
-            np.random.get_state()[1], before
-        )  # LIBERO's global generator is put back
+        # LIBERO's global generator is put back
+        np.testing.assert_array_equal(np.random.get_state()[1], before)
         return episode.data.qpos.copy()
 
     np.testing.assert_array_equal(placement(5), placement(5))

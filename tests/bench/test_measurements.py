@@ -149,9 +149,8 @@ def test_simulated_scaling_is_the_arithmetic_of_its_parts(capsys):
     args = scaling.Args(measure=False, envs=10, steps=128, cores_per_gpu=16, bandwidth=25.0, **parts)
     result = scaling.measure(args)
     by_gpus = {r["gpus"]: r for r in result["simulated"]}
-    decision = (
-        0.012 + 0.027 + 10 * 0.021 + 10 * 0.064
-    )  # 10 environments on 16 cores: one round of the simulator
+    # 10 environments on 16 cores: one round of the simulator
+    decision = 0.012 + 0.027 + 10 * 0.021 + 10 * 0.064
     assert by_gpus[1]["decisions_per_s"] == pytest.approx(10 / decision)
     assert by_gpus[1]["all-reduce"] == by_gpus[1]["slowest"] == 0
     # 64 GPUs: 81,920 decisions would be 640 mini-batches of 128, but a rollout of 128 steps has at most 128.

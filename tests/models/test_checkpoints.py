@@ -384,9 +384,8 @@ def test_memory_is_estimated_before_loading(tmp_path):
     needs = Needs(folder, torch.bfloat16, **training)
     parts = needs.parts("cuda")
     assert parts["weights"] == pytest.approx(12.95e9, rel=0.01)
-    assert (
-        parts["the merged copy for rollouts"] == parts["weights"]
-    )  # this file has nothing but layers with adapters
+    # this file has nothing but layers with adapters
+    assert parts["the merged copy for rollouts"] == parts["weights"]
     assert parts["activations of a micro-batch"] == pytest.approx(8 * 4.0e9, rel=0.03)
     sharded = Needs(folder, torch.bfloat16, shards=4, **training).parts("cuda")
     assert sharded["weights"] == parts["weights"] / 4 and "the merged copy for rollouts" not in sharded

@@ -34,9 +34,8 @@ def test_sentences_of_stock_suites_are_liberos():
     for suite in suites.SUITES:
         assert suites.instructions(suite) == [task.language for task in suites.get_suite(suite).tasks]
     assert suites.instructions("libero_object")[0] == "pick up the alphabet soup and place it in the basket"
-    assert "turn on the stove and put the moka pot on it" in suites.instructions(
-        "libero_10"
-    )  # no "KITCHEN SCENE3"
+    # no "KITCHEN SCENE3"
+    assert "turn on the stove and put the moka pot on it" in suites.instructions("libero_10")
 
 
 @pytest.mark.parametrize(
@@ -85,9 +84,8 @@ def test_number_of_initial_states_is_the_packages():
         for suite in known_suites()
     }
     assert all(counts[suite] == {50} for suite in suites.SUITES)
-    assert (
-        sum(count == {10} for count in counts.values()) == 16 - 1
-    )  # and libero_10_with_milk, some of whose tasks have none
+    # and libero_10_with_milk, some of whose tasks have none
+    assert sum(count == {10} for count in counts.values()) == 16 - 1
     assert counts["libero_10_with_milk"] == {0, 10}
     assert counts["libero_object_with_trigger"] == {0}
 

@@ -96,9 +96,8 @@ def test_comparison_takes_seeds_as_samples_and_prefers_the_longer_final_evaluati
     half = 12.7062 * 8.4853 / 2**0.5
     assert "| none | 60.0 | 82.0 |  | 71.0 | " in table[3]
     assert f"| -14.0 | {-14 - half:.1f} to +{half - 14:.1f} | 2,048 | 50 |" in table[3]
-    by_eval = json.dumps(
-        {"total": {"successes": 30, "episodes": 60}}
-    )  # eval.py's, of the run's policy: no start policy there
+    # eval.py's, of the run's policy: no start policy there
+    by_eval = json.dumps({"total": {"successes": 30, "episodes": 60}})
     with pytest.raises(UserError, match="elsewhere.json"):  # not its other evaluations instead
         report.compare(names[3:4], tmp_path / "plot.png", "elsewhere.json")
     (Path(names[3]) / "elsewhere.json").write_text(by_eval)
@@ -238,9 +237,8 @@ def test_page_says_the_result_and_needs_nothing_else(tmp_path):
     assert page.sources and all(source.startswith("data:") for source in page.sources)
     kinds = [source.split(";")[0] for source in page.sources]
     assert kinds.count("data:video/mp4") == 2 and kinds.count("data:image/gif") == 1
-    assert (
-        kinds.count("data:image/svg+xml") == 4
-    )  # success, KL, value loss, curriculum; RPRM score was never a number
+    # success, KL, value loss, curriculum; RPRM score was never a number
+    assert kinds.count("data:image/svg+xml") == 4
     assert len(page.links) == 2 and all((out / urllib.parse.unquote(link)).is_file() for link in page.links)
     assert not page.open and not list(out.glob("*.tmp")) and not list(out.glob(".*"))
 
