@@ -75,8 +75,8 @@ class Curriculum:
         self._row = {task: row for row, task in enumerate(self.task_ids)}
         self._outcomes = [deque(maxlen=self.window) for _ in self.task_ids]
         self.num_updates = 0
-        # pending: (task id, success) in the order in which episodes ended
-        self.deferred, self.pending = deferred, []
+        self.deferred = deferred
+        self.pending = []  # (task id, success), in the order in which episodes ended
 
     def success_rates(self):
         """(num_tasks,) float64 in (0, 1): s_j with the prior."""
@@ -390,8 +390,8 @@ class LiberoVecEnv(VectorEnv):
         }
         info = {name: x.copy() for name, x in info.items()}
         info |= {"final_info": dict(info), "_final_info": ended, "final_obs": final_obs, "_final_obs": ended}
-        # over the environments
-        self.timing = dict(zip(("physics", "render", "reset"), a.seconds.sum(axis=0).tolist()))
+        sums = a.seconds.sum(axis=0).tolist()  # over the environments
+        self.timing = dict(zip(("physics", "render", "reset"), sums))
         self.timing["busiest"] = self._pool.busy_seconds  # of the worker that took longest
         self.timing["wait"] = wait  # of this process for the workers
         self.timing["wall"] = time.perf_counter() - began
@@ -407,7 +407,7 @@ class LiberoVecEnv(VectorEnv):
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
 
-    # those of several ranks
+    # Those of several ranks.
     merge_states, split_state = staticmethod(merge_states), staticmethod(split_state)
 
     _SAVED = ("agentview", "assignment", "task_id", "init_state", "steps", "idle", "eef_pos", "gripper")

@@ -285,8 +285,8 @@ class OpenVLA(nn.Module):
 
     def _teacher_forced(self, input_ids, attention_mask, action_tokens, images):
         tokens = action_tokens[:, :-1]  # the last one predicts nothing
-        # (B, 7, d)
-        return self._states(input_ids, attention_mask, images, count=ACTION_DIM, tokens=tokens)[0]
+        where = dict(count=ACTION_DIM, tokens=tokens)
+        return self._states(input_ids, attention_mask, images, **where)[0]  # (B, 7, d)
 
     def action_logits(self, input_ids, attention_mask, action_tokens, **images):
         """(B, 7, 256) float32: teacher-forced logits of the action bins, in token id order."""

@@ -88,14 +88,11 @@ class RolloutBuffer:
         self.frames = np.zeros((T + 1, N, *frame_shape), np.uint8)
         self.instructions = [[""] * N for _ in range(T + 1)]
         self.images = torch.zeros(T + 1, N, *image_shape, dtype=image_dtype)
-        # (T + 1, N, L), grows to the longest prompt seen
-        self.input_ids = torch.zeros(T + 1, N, 0, dtype=torch.long)
-        # 1 = prompt, 0 = padding on the right
-        self.attention_mask = torch.zeros(T + 1, N, 0, dtype=torch.long)
+        self.input_ids = torch.zeros(T + 1, N, 0, dtype=torch.long)  # (T + 1, N, L), L as the longest prompt
+        self.attention_mask = torch.zeros(T + 1, N, 0, dtype=torch.long)  # 1 = prompt, 0 = padding behind it
         # What the policy did.
         self.action_tokens = torch.zeros(T, N, ACTION_TOKENS, dtype=torch.long)
-        # of the sampled tokens under the behaviour policy
-        self.token_log_probs = torch.zeros(T, N, ACTION_TOKENS)
+        self.token_log_probs = torch.zeros(T, N, ACTION_TOKENS)  # under the behaviour policy
         self.log_probs = torch.zeros(T, N)  # Eq. 1: their sum
         self.values = torch.zeros(T, N)  # V(o_t) at the time of the rollout
         # What the environment answered.
@@ -310,8 +307,8 @@ def minibatches(T, N, size, generator):
     are spread over processes. Equal parts instead of full ones and a rest: a last mini-batch of three samples would move
     the weights as far as the others.
     """
-    # (T, N): decision t of n
-    order = torch.stack([torch.randperm(T, generator=generator) for _ in range(N)], dim=1)
+    order = [torch.randperm(T, generator=generator) for _ in range(N)]
+    order = torch.stack(order, dim=1)  # (T, N): decisions of environment n
     count = min(T, math.ceil(T * N / size))
     return [(t * N + torch.arange(N)).flatten() for t in order.tensor_split(count)]
 
@@ -366,8 +363,7 @@ def ppo_update(
 
             for micro in minibatch.split(cfg.micro_batch_size):
                 observation, tokens, old_log_probs, old_values, returns = buffer.batch(micro, device)
-                # losses are sums over micro-batches, divided by the size of the mini-batch
-                weight = 1 / len(whole)
+                weight = 1 / len(whole)  # losses are sums over micro-batches: their mean over the mini-batch
 
                 # Policy. Its backward pass comes before the critic's forward pass: an actor-critic may switch adapters
                 # in place between the two, and only one graph has to fit in memory.

@@ -453,8 +453,7 @@ class Examples:
     """Labelled rows of many trajectories, in the form that the reward model reads (`RPRM` or `VLM`)."""
 
     instructions: list  # n strings
-    # what `encode_images` gives: patch embeddings (n, P, d) float16, or frames; on the CPU
-    images: torch.Tensor
+    images: torch.Tensor  # of `encode_images`: patch embeddings (n, P, d) float16, or frames; on the CPU
     actions: torch.Tensor  # (n, 7) int64: what `encode_actions` gives
     labels: torch.Tensor  # (n,) float32, 1 or 0
     trajectory: torch.Tensor  # (n,) int64, number of the trajectory that the row is from
