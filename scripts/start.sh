@@ -19,7 +19,11 @@ policy=$DIRECTORY/policy rprm=$DIRECTORY/rprm
 case $SUITE in
 libero_object) DEMOS=${DEMOS:-60} NOISE=${NOISE:-} INIT=${INIT-} ;;
 libero_spatial) DEMOS=${DEMOS:-100} NOISE=${NOISE:-} INIT=${INIT-checkpoints/libero_object/policy} ;;
-*) DEMOS=${DEMOS:-75} NOISE=${NOISE:---noise 0.15 --kick 0.03} INIT=${INIT-checkpoints/libero_spatial/policy} ;;
+libero_goal) DEMOS=${DEMOS:-75} NOISE=${NOISE:---noise 0.15 --kick 0.03} INIT=${INIT-checkpoints/libero_spatial/policy} ;;
+*) # ten scenes and more, and tasks in two parts: longer
+  DEMOS=${DEMOS:-100} NOISE=${NOISE:---noise 0.15 --kick 0.03} INIT=${INIT-checkpoints/libero_goal/policy}
+  SFT=${SFT:---steps 32000 --held-out 0.03}
+  ;;
 esac
 SFT=${SFT:-}              # more flags of sft.py, such as "--steps 14000"
 ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
