@@ -12,7 +12,7 @@ During RL it is frozen; its score p("1") / (p("1") + p("0")), brought back from 
 at which positives occur (`models.answer.score_of`), enters the reward through `shaping_reward`.
 
 Reading order: pseudo labels, the model, what train.py does with it, training. The commands that make one from recordings
-are rprm.py's.
+are those of scripts/rprm.py.
 """
 
 import json
@@ -47,7 +47,7 @@ from support.quiet import progress_bar
 #     label     - + +  - + +         -  + +   - + +                    positive: the steps that lead to a keyframe
 #
 # Milestones divide a trajectory into segments, keyframes are the stops inside each, and the actions of the last moments
-# before a keyframe are positive. `python rprm.py label --plot` draws what this section found.
+# before a keyframe are positive. `python -m scripts.rprm label --plot` draws what this section found.
 
 CONTROL_HZ = 20.0  # LIBERO's control steps per second
 STROKE = 0.08  # metres between the fingers of the open Panda gripper
@@ -592,5 +592,5 @@ def fit(
 
 if __name__ == "__main__":
     raise SystemExit(
-        "error: reward_model.py is the model; its commands stand in rprm.py: python rprm.py --help"
+        "error: reward_model.py is the model; its commands stand in scripts/rprm.py: python -m scripts.rprm --help"
     )

@@ -415,7 +415,7 @@ def fill_defaults(args):
         args.reward_model = str(beside) if size == "tiny" and beside.is_dir() else None
     if args.reward_model is None and args.prm_mode not in (None, "none"):
         raise UserError(
-            "no RPRM for this policy: train one with `python rprm.py train`, give it with --reward-model, "
+            "no RPRM for this policy: train one with `python -m scripts.rprm train`, give it with --reward-model, "
             "or turn it off with --prm-mode none"
         )
     if args.prm_weight == 0:

@@ -32,7 +32,7 @@ import torch
 from models.vlm import VLM
 from policy import OpenVLA
 from reward_model import CONTROL_HZ, MODES, read_reward_model, shaping_reward
-from rprm import deciding
+from scripts.rprm import deciding
 from simulator.recording import play, runs_by_task
 from simulator.suites import check_task_ids
 from support.cli import flag

@@ -9,7 +9,7 @@ Two ways to use one (Qwen2-VL, Qwen2.5-VL and whatever else the Auto classes loa
 The action stands in the question as seven bins from 0 (lowest value) to 255, the policy's own, since this model's vocabulary
 has no action tokens. Either way the score is p("1") / (p("1") + p("0")) for the answer's first token.
 
-    python rprm.py train --vlm Qwen/Qwen2.5-VL-3B-Instruct --device cuda --lr 1e-4 --demos ... --out runs/vlm
+    python -m scripts.rprm train --vlm Qwen/Qwen2.5-VL-3B-Instruct --device cuda --lr 1e-4 --demos ... --out runs/vlm
     python train.py --reward-model runs/vlm                                  # or a stock one's name
 """
 
@@ -47,7 +47,7 @@ class VLM:
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """A stock model (directory or hub id), or what `rprm.py train --vlm` made: an adapter, merged here."""
+        """A stock model (directory or hub id), or what `python -m scripts.rprm train --vlm` made: an adapter, merged here."""
         # Late: transformers takes seconds to import, and few runs use a model of its kind.
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 

@@ -56,7 +56,7 @@ has "$policy/config.json" || {
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.
 has "$rprm/rprm.json" || has "$WORK/rollouts" || {
-  $PY rprm.py record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
+  $PY -m scripts.rprm record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
     --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"
 }
@@ -66,5 +66,5 @@ has "$rprm/rprm.json" || {
   own=() # there may be none of a kind
   [ -d "$WORK/rollouts/success" ] && own+=(--successes "$WORK/rollouts/success")
   [ -d "$WORK/rollouts/failure" ] && own+=(--failures "$WORK/rollouts/failure")
-  $PY rprm.py train --suite "$SUITE" --demos "$WORK/data/$SUITE" ${own[@]+"${own[@]}"} --policy "$policy" --out "$rprm"
+  $PY -m scripts.rprm train --suite "$SUITE" --demos "$WORK/data/$SUITE" ${own[@]+"${own[@]}"} --policy "$policy" --out "$rprm"
 }

@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import torch
 
-import rprm
 from policy import build_tiny
+from scripts import rprm
 from support.cli import parse_command
 
 FINE = 200  # Hz of the simulated hand
@@ -65,7 +65,7 @@ def copy_of(model):
 
 
 def run(argv):
-    """`python rprm.py ARGV` in this process."""
+    """`python -m scripts.rprm ARGV` in this process."""
     rprm.main(*parse_command(rprm.COMMANDS, "", argv))
 
 

@@ -21,10 +21,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("demos.py", "sft.py", "rprm.py", "train.py", "eval.py")
-MODULES = ("bench", "support.report", "models.merge")  # python -m
+SCRIPTS = ("demos.py", "sft.py", "-m scripts.rprm", "train.py", "eval.py")
+MODULES = (
+    "bench",
+    "support.report",
+    "models.merge",
+)  # python -m, which may import what is slow before --help
 SUBCOMMANDS = {
-    "rprm.py": ("label", "train", "score", "record"),
+    "-m scripts.rprm": ("label", "train", "score", "record"),
     "-m support.report": ("page", "compare"),
     "-m bench": tuple(
         p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
@@ -224,7 +228,7 @@ def ask_for_help(commands):
 
 @pytest.fixture(scope="module")
 def helps():
-    """{"train.py": help text, "rprm.py label": help text, …}; asserts that each `--help` works."""
+    """{"train.py": help text, "-m scripts.rprm label": help text, …}; asserts that each `--help` works."""
 
     def with_subcommands(scripts):
         return [[s] for s in scripts] + [[s, command] for s in scripts for command in SUBCOMMANDS.get(s, ())]
@@ -281,7 +285,7 @@ def inline_commands():
 
 
 def script_and_flags(words):
-    """("rprm.py label", ["--plot", …]) of a command line, or None where it runs no script of ours."""
+    """("-m scripts.rprm label", ["--plot", …]) of a command line, or None where it runs no script of ours."""
     if words[0] == "make":
         arguments = next((word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")), "")
         words = [f"{words[1]}.py", *shlex.split(arguments)]

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import demos
 import eval as evaluation
-import rprm
 import sft
 import train
 from bench.__main__ import COMMANDS as BENCHES
 from policy import ActorCritic, OpenVLA, build_tiny
 from reward_model import RPRM
+from scripts import rprm
 from support import checkpoints, cli, demonstrations, files, runs
 from support.errors import UserError
 
@@ -64,7 +64,7 @@ PARSERS = {
     "sft.py": (sft.Args, lambda argv: cli.parse_args(sft.Args, "", argv)),
     "demos.py": (demos.Args, lambda argv: cli.parse_args(demos.Args, "", argv)),
     **{
-        f"rprm.py {name}": (
+        f"scripts.rprm {name}": (
             COMMANDS[name][0],
             lambda argv, name=name: cli.parse_command(COMMANDS, "", [name, *argv])[1],
         )

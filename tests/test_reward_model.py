@@ -13,9 +13,9 @@ from PIL import Image
 from rprm_toys import copy_of, run, small_openvla, write_demos
 
 import reward_model as rm
-import rprm
 from models.answer import score_of
 from policy import ActorCritic, OpenVLA, build_tiny
+from scripts import rprm
 from support import metrics
 from support.errors import UserError
 
@@ -439,4 +439,6 @@ def test_the_commands_former_name_points_to_the_present_one():
     done = subprocess.run(
         [sys.executable, rm.__file__, "train"], capture_output=True, text=True, cwd=Path(rm.__file__).parent
     )
-    assert done.returncode == 1 and done.stderr.startswith("error:") and "python rprm.py" in done.stderr
+    assert (
+        done.returncode == 1 and done.stderr.startswith("error:") and "python -m scripts.rprm" in done.stderr
+    )

@@ -56,7 +56,8 @@ def test_record_writes_the_same_with_any_number_of_workers(tmp_path):
         out = tmp_path / workers
         command = [
             sys.executable,
-            "rprm.py",
+            "-m",
+            "scripts.rprm",
             "record",
             "--task-ids",
             "0,1",

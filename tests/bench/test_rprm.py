@@ -10,7 +10,7 @@ from rprm_toys import STATS, copy_of, make_qwen
 import reward_model as rm
 from bench import rprm
 from policy import build_tiny, policy_convention
-from rprm import label, read_trajectories, write_runs
+from scripts.rprm import label, read_trajectories, write_runs
 from simulator.recording import play
 from simulator.task import TaskSim
 from support.labels import POSITIVE, LabelRule

@@ -85,7 +85,7 @@ def test_library_variables_are_set_unless_the_user_did():
 def test_support_comes_before_torch_in_every_script():
     """Of each script at the top: the first import of ours stands before torch's, so that the variables are set in time."""
     scripts = []
-    for script in ROOT.glob("*.py"):
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
         lines = script.read_text().splitlines()
         first = {name: [i for i, line in enumerate(lines) if line.startswith((f"import {name}", f"from {name}"))]
                  for name in ("torch", "support")}  # fmt: skip

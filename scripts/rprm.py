@@ -1,10 +1,10 @@
 """From recordings to a reward model (reward_model.py): pseudo labels to look at, own rollouts, training, scores.
 
-    python rprm.py label --demos data/libero_object --plot out/labels    look at the labels first
-    python rprm.py record --policy <sft> --out data/rollouts             the policy's own successes and failures
-    python rprm.py train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
-    python rprm.py score --demos ... --rprm <rprm> --plot out/scores     scores of recorded trajectories
-    python -m bench rprm --rprm <rprm> --policy <sft>                    is it safe to optimise? (simulator)
+    python -m scripts.rprm label --demos data/libero_object --plot out/labels    look at the labels first
+    python -m scripts.rprm record --policy <sft> --out data/rollouts             the policy's own successes and failures
+    python -m scripts.rprm train --demos ... --policy <sft> --out <rprm>         the model, with held-out metrics
+    python -m scripts.rprm score --demos ... --rprm <rprm> --plot out/scores     scores of recorded trajectories
+    python -m bench rprm --rprm <rprm> --policy <sft>                            is it safe to optimise? (simulator)
 
 `scripts/start.sh SUITE` records and trains for a suite.
 """
