@@ -2,6 +2,7 @@
 
     python -m support.report page --run runs/libero_object-seed0
     python -m support.report compare --runs runs/rl-sum-seed0,runs/rl-none-seed0 --out comparison.png
+    python -m support.report pair --before runs/eval-start --after runs/eval-trained --film before_after.gif
 
 Everything here reads the files of a run and changes none of them, so it may be called at any time, while the run goes on too.
 """
@@ -301,6 +302,39 @@ def before_after_table(rows):
     return "\n".join(lines)
 
 
+def pair(before, after, film=None):
+    """Two evaluations of eval.py (directories, or their results.json) on the same episodes, as text: a table per task and the
+    difference, with its 95 % interval over pairs of episodes. film: GIF of a state that was lost and is won now."""
+    folders, results, episodes = [], {}, []
+    for name, path in (("start", Path(before)), ("trained", Path(after))):
+        folders.append(path if path.is_dir() else path.parent)
+        file = path / "results.json" if path.is_dir() else path
+        try:
+            results[name] = json.loads(file.read_text())
+            key = lambda e: (e["task_id"], e["init_state"])  # noqa: E731
+            episodes.append({key(e): e["success"] for e in results[name]["episodes"]})
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise UserError(f"{file} is no result of eval.py ({type(exc).__name__}: {exc})") from exc
+    settings = [(r["suite"], r["settings"].get("fresh", False)) for r in results.values()]
+    if settings[0] != settings[1] or episodes[0].keys() != episodes[1].keys():
+        raise UserError(f"{before} and {after} are not of the same episodes: give eval.py the same flags")
+    gains = [int(episodes[1][key]) - int(episodes[0][key]) for key in episodes[0]]
+    low, high = t_interval(gains)
+    lines = [
+        before_after_table(results),
+        "",
+        f"{100 * np.mean(gains):+.1f} points on the same {len(gains)} episodes, 95 % from {100 * low:.1f} to {100 * high:.1f}: "
+        f"{gains.count(1)} failed before and succeed now, {gains.count(-1)} the other way",
+    ]
+    if film:
+        if not before_after_gif(film, *(folder / "videos" for folder in folders)):
+            raise UserError(
+                f"no film: neither {before} nor {after} shows a state that was lost and is won now (--video)"
+            )
+        lines.append(f"film: {film}")
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One page
 # --------------------------------------------------------------------------------------------------------------------
@@ -537,6 +571,17 @@ class CompareArgs:
     results: str = flag("results.json", "in each directory, the file with the last evaluation")
 
 
+@dataclass
+class PairArgs:
+    before: str = field(
+        metadata={"help": "evaluation of the start policy: eval.py's directory or results.json"}
+    )
+    after: str = field(metadata={"help": "evaluation of the trained policy on the same episodes"})
+    film: str | None = flag(
+        None, "GIF to write of a state that was lost and is won now", default="none; both need --video"
+    )
+
+
 @main_guard
 def main():
     commands = {
@@ -545,9 +590,15 @@ def main():
             CompareArgs,
             "several methods and seeds: one plot, and a table with differences and intervals over seeds",
         ),
+        "pair": (PairArgs, "two evaluations of the same episodes: a table per task and the difference"),
     }
     command, args = parse_command(commands, "What finished and running trainings show.")
-    print(write_report(args.run) if command == "page" else compare(args.runs, args.out, args.results))
+    if command == "page":
+        print(write_report(args.run))
+    elif command == "compare":
+        print(compare(args.runs, args.out, args.results))
+    else:
+        print(pair(args.before, args.after, args.film))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from support import report
-from support.episodes import write_episode_film
+from support.episodes import EvalResult, write_episode_film
 from support.errors import UserError
 from support.files import write_film
 from support.statistics import difference_interval
@@ -46,6 +46,53 @@ def test_without_such_a_state_there_is_no_film(tmp_path):
     film(tmp_path / "trained", 0, True, 4, 90)
     assert not report.before_after_gif(tmp_path / "both.gif", tmp_path / "start", tmp_path / "trained")
     assert not (tmp_path / "both.gif").exists()
+
+
+def an_evaluation(directory, wins, **settings):
+    """What eval.py leaves of one episode per task."""
+    episodes = [
+        {"task_id": i, "init_state": 0, "success": bool(won), "steps": 40} for i, won in enumerate(wins)
+    ]
+    result = EvalResult("libero_object", [f"task {i}" for i in range(len(wins))], episodes)
+    directory.mkdir()
+    (directory / "results.json").write_text(json.dumps({"settings": settings, **result.to_dict()}))
+    return directory
+
+
+def test_pair_counts_the_episodes_that_changed_sides(tmp_path):
+    """Of 20 episodes 8 are won and 2 lost: the interval is that of scipy's paired t test."""
+    from scipy.stats import ttest_rel
+
+    before, after = [0] * 8 + [1] * 2 + [1] * 6 + [0] * 4, [1] * 8 + [0] * 2 + [1] * 6 + [0] * 4
+    a, b = an_evaluation(tmp_path / "a", before), an_evaluation(tmp_path / "b", after)
+    text = report.pair(a, b / "results.json")
+    low, high = ttest_rel(after, before).confidence_interval(0.95)
+    assert f"+30.0 points on the same 20 episodes, 95 % from {100 * low:.1f} to {100 * high:.1f}: " in text
+    assert "8 failed before and succeed now, 2 the other way" in text
+    assert text.count("\n| ") == 22 and "| all | 20 |  40.0 %" in text  # head, 20 tasks, all
+
+
+def test_pair_shows_a_film(tmp_path):
+    a, b = an_evaluation(tmp_path / "a", [0]), an_evaluation(tmp_path / "b", [1])
+    with pytest.raises(UserError, match="shows a state that was lost and is won now"):
+        report.pair(a, b, tmp_path / "both.gif")
+    film(a / "videos", 0, False, 4, 90)
+    film(b / "videos", 0, True, 4, 90)
+    assert report.pair(a, b, tmp_path / "both.gif").endswith(f"film: {tmp_path / 'both.gif'}")
+    assert (tmp_path / "both.gif").exists()
+
+
+def test_what_cannot_be_paired_is_one_line(tmp_path):
+    a, b = an_evaluation(tmp_path / "a", [0]), an_evaluation(tmp_path / "b", [1, 1])
+    fresh = an_evaluation(tmp_path / "c", [1], fresh=True)
+    for other, what in (
+        (b, "not of the same episodes"),
+        (fresh, "not of the same episodes"),
+        (tmp_path, "is no result"),
+    ):
+        with pytest.raises(UserError, match=what) as error:
+            report.pair(a, other)
+        assert "\n" not in str(error.value)
 
 
 def a_run(directory, mode, seed, points, final):
