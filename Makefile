@@ -15,7 +15,7 @@ help: ## show this list
 	@echo 'usage: make TARGET [ARGS="--flag value ..."]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
 
-start: libraries ## imitation policy and reward model of a suite from nothing (SUITE=libero_spatial)
+start: libraries ## imitation policy and reward model of a suite that checkpoints/ lacks (SUITE=libero_90)
 	@PY=$(PY) scripts/start.sh $(SUITE)
 
 train: libraries ## reinforcement learning from the shipped tiny policy (train.py)

@@ -211,21 +211,21 @@ def _work(job):
     if args.check:
         states = range(share, min(CHECKED_STATES, task.num_init_states), shares)
         return task_id, [check_expert(episode, i, args.action_repeat, limit) for i in states]
-    rng = np.random.default_rng([args.seed, task_id, share])
-    policy = _policy_of(args, task.instruction, rng)
     demos, attempts = [], 0
-    quota = len(range(share, args.num_demos, shares))
-    while len(demos) < quota:
-        arrays, success = record_episode(episode, rng, args, limit, policy)
-        attempts += 1
-        if success:
-            demos.append(arrays)
-        elif attempts >= 20 and len(demos) < 0.1 * attempts:
-            return (
-                task_id,
-                f"task {task_id} ({task.instruction}): {len(demos)} of {attempts} attempts succeeded",
-            )
-    part = demo_path(args.out, args.suite, task.name, policy is not None).with_suffix(f".part{share}")
+    for number in np.array_split(np.arange(args.num_demos), shares)[share]:
+        # Each demonstration has its own random numbers, so that the file does not depend on the number of workers.
+        rng = np.random.default_rng([args.seed, task_id, number])
+        policy, success = _policy_of(args, task.instruction, rng), False
+        while not success:
+            arrays, success = record_episode(episode, rng, args, limit, policy)
+            attempts += 1
+            if not success and attempts >= 20 and len(demos) < 0.1 * attempts:
+                return (
+                    task_id,
+                    f"task {task_id} ({task.instruction}): {len(demos)} of {attempts} attempts succeeded",
+                )
+        demos.append(arrays)
+    part = demo_path(args.out, args.suite, task.name, bool(args.policy)).with_suffix(f".part{share:04d}")
     write_demos(part, demos, args.action_repeat, task.instruction, **task_attributes(task))
     return task_id, (str(part), attempts, task.name)
 

@@ -15,7 +15,8 @@ An episode that ends is followed by the next one in the same step (Gymnasium's S
 episode, and the last of the old one is info["final_obs"]. Of info, `train.py` reads besides: "task_id", "episode_length" in
 control steps, and "lost", where an episode ended by no doing of the policy. The curriculum chooses the new task, and
 `train.py` tells it the outcomes of a rollout. An evaluation (`eval.py`) chooses tasks and initial states itself: it needs
-`suite`, `max_steps`, `active`, `assign` and the options of `reset`.
+`suite`, `max_steps`, `active`, `closed`, `assign`, the options of `reset`, and of info "_final_obs", "started", "success",
+"worker_restarted" and "unstable" too.
 
 Behind `LiberoVecEnv`, worker processes play the episodes (simulator/). Every random choice comes from (seed, environment,
 number of its episode), never from a stream that environments share: trajectories are the same, byte for byte, whatever the
@@ -53,7 +54,8 @@ class Curriculum:
     mode "uniform":  P(j) equal                       the ablation "no curriculum" of Table 2
 
     s_j is the success rate over the last `window` episodes of task j with one success and one failure added (Laplace),
-    so that an unseen task counts as 0.5, neutral in both formulas, and one lucky episode does not settle anything.
+    so that an unseen task counts as 0.5 (Eq. 4's middle, the favourite of "frontier"), and one lucky episode does not
+    settle anything.
     tau: temperature of the sampling; large = uniform, small = only the favourite.
     deferred: outcomes wait until `commit`. Training commits after each rollout: the probabilities then depend neither on
         which environment ended an episode first nor on how the environments are spread over processes.

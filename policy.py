@@ -109,12 +109,12 @@ def _numpy(x):
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor  # (B, 1 + P + L - 1, vocabulary)
+    logits: torch.Tensor  # (B, P + L, vocabulary): BOS, patches, rest of the prompt
 
 
 class Actions(NamedTuple):
     tokens: torch.Tensor  # (B, 7) int64
-    logprobs: torch.Tensor  # (B, 7) float32
+    log_probs: torch.Tensor  # (B, 7) float32
 
 
 class Evaluation(NamedTuple):
@@ -196,9 +196,9 @@ class OpenVLA(nn.Module):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         return ids.to(self.device), mask.to(self.device)
 
-    def preprocess(self, frames, center_crop=True):
+    def preprocess(self, frames):
         """frames (B, 256, 256, 3) uint8 upright -> pixel_values (B, 6, S, S) float32 on the model's device."""
-        return preprocess_images(frames, self.image_size, "center" if center_crop else "none").to(self.device)
+        return preprocess_images(frames, self.image_size).to(self.device)
 
     def embed_images(self, pixel_values):
         """pixel_values (B, 6, S, S) -> patch embeddings (B, P, d), as they enter the language model."""
@@ -226,7 +226,7 @@ class OpenVLA(nn.Module):
         """Run the language model once over BOS, patches, prompt and (optionally) `tokens` (B, K) behind each prompt.
 
         Returns the normed states (B, count, d) from `offset` behind each row's last prompt token on (the state at
-        offset k predicts action token k), or of the whole sequence for count None; and last (B,), the position of
+        offset k predicts a_{k+1}), or of the whole sequence for count None; and last (B,), the position of
         that token. The last layer computes only the states asked for, which saves most of a quarter of
         openvla-tiny's work. cache: (layers, 2, B, heads, >= S, head_dim), to be filled.
         """
@@ -310,7 +310,7 @@ class OpenVLA(nn.Module):
         """(B, n) float32: next-token logits of the n `token_ids` behind prompt + 7 action tokens, for the RPRM."""
         position = dict(count=1, offset=ACTION_DIM, tokens=action_tokens)
         states, _ = self._states(input_ids, attention_mask, images, **position)
-        return F.linear(states[:, 0], self.language_model.lm_head.weight[token_ids]).float()
+        return _logits(states[:, 0], self.language_model.lm_head.weight[token_ids].float())
 
     # ---- acting: batched decoding ----------------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class OpenVLA(nn.Module):
             batch); on the CPU, whatever the model's device.
         whole_vocabulary: sample over all tokens, as officially, instead of the 256 action tokens. The tail of a
             32,000-word vocabulary at temperature 1.5 is noise, and a word there decodes to an extreme action.
-        logprobs are those of the chosen tokens in the very distribution sampled from; greedy ones at temperature 1.
+        log_probs are those of the chosen tokens in the very distribution sampled from; greedy ones at temperature 1.
         Where that distribution is not finite (NaN weights) the token is NO_TOKEN, which `decode_actions` refuses.
 
         The prompt runs once; each further token is one position through a key-value cache of fixed size. Row i's new
@@ -374,9 +374,9 @@ class OpenVLA(nn.Module):
 
     # ---- tokens <-> actions ----------------------------------------------------------------------------------------
 
-    def unnorm_key_for(self, suite, asked=None):
-        """The key of the action statistics that serve `suite`; `asked` (`--unnorm-key`) goes first."""
-        return checkpoints.find_statistics(self.norm_stats, suite, asked)
+    def unnorm_key_for(self, suite, given=None):
+        """The key of the action statistics that serve `suite`; `given` (`--unnorm-key`) goes first."""
+        return checkpoints.find_statistics(self.norm_stats, suite, given)
 
     def action_statistics(self, unnorm_key=None):
         """(q01, q99, mask), each (7,): values between the two quantiles become -1 ... 1 where the mask is true."""
@@ -546,7 +546,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def act(self, input_ids, attention_mask=None, *, temperature=1.0, generator=None, **images):
-        """One decision per row, for a rollout -> tokens (B, 7) int64, logprobs (B, 7) float32, values (B,) float32.
+        """One decision per row, for a rollout -> tokens (B, 7) int64, log_probs (B, 7) float32, values (B,) float32.
 
         The log-probs are of exactly these tokens at this temperature: Eq. 2's behaviour policy. `generator` as in
         `generate_actions`.

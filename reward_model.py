@@ -46,8 +46,8 @@ from support.quiet import progress_bar
 #              /  \__/  \____________/  \_____/  \____                  keyframes: the hand comes to rest inside a segment
 #     label     - + +  - + +         -  + +   - + +                    positive: the steps that lead to a keyframe
 #
-# Milestones divide a trajectory into segments, keyframes are the stops inside each, and the actions of the last moments
-# before a keyframe are positive. `python -m scripts.rprm label --plot` draws what this section found.
+# Milestones divide a trajectory into segments, keyframes are the stops inside each and the end of a success, and the actions
+# of the last moments before a keyframe are positive. `python -m scripts.rprm label --plot` draws what this section found.
 
 CONTROL_HZ = 20.0  # LIBERO's control steps per second
 STROKE = 0.08  # metres between the fingers of the open Panda gripper
@@ -101,7 +101,7 @@ def find_milestones(openness, change, still, hold):
 
 
 def find_keyframes(speed, milestones, near):
-    """Rows at which the hand comes to rest, inside each segment: local minima of the speed below `near`.
+    """Rows at which the hand comes to rest, inside each segment: slower than `near`, and no slower in the next row.
 
     Rest, too, has hysteresis: once below `near`, the hand is at rest until it exceeds 2 x `near`. One stop gives one
     keyframe, its arrival (the first minimum), and not one per wiggle, or hovering would be all keyframes. The stop at
@@ -139,6 +139,8 @@ def label_trajectory(
     demos.py). The hand, pushed about, then never comes to rest, and the speed that the actions ask for takes the place
     of the measured one.
 
+    A success ends with a keyframe, moving or not: the task is done. A push, a door or a knob has no other one there.
+
     A failed trajectory (success=False) has no positives. What the rule calls negative stays negative; a window before a
     keyframe is a hard negative only in the last segment, the one whose milestone was never reached. Windows of earlier
     segments may have been real progress (the object was grasped, then dropped), so they carry no label.
@@ -170,9 +172,11 @@ def label_trajectory(
     openness, measured = gripper_openness(actions, gripper_states)
     milestones = find_milestones(openness, rule.gripper_change, rule.gripper_still / rate, rule.slip * rate)
     keyframes = find_keyframes(speed, milestones, near)
+    if success and keyframes[-1:] != [T - 1]:
+        keyframes.append(T - 1)  # the task is done
     problems = [] if measured else ["gripper_from_command"]
     problems += [] if milestones else ["no_gripper_change"]
-    problems += [] if keyframes or not success else ["no_keyframe"]
+    problems += ["no_motion"] if success and near == 0 else []
 
     window, margin = max(1, round(rule.window * rate)), round(rule.margin * rate)
     labels = np.full(T, NEGATIVE, np.int8)
@@ -185,7 +189,7 @@ def label_trajectory(
         labels[:last][labels[:last] == POSITIVE] = IGNORED
         labels[last:][labels[last:] == POSITIVE] = NEGATIVE
     return Labels(
-        labels, keyframes, milestones, speed, openness, near, rate, problems, "no_keyframe" not in problems
+        labels, keyframes, milestones, speed, openness, near, rate, problems, "no_motion" not in problems
     )
 
 
@@ -252,7 +256,7 @@ class RPRM:
         if action_tokens is None:
             action_tokens = input_ids.new_full((len(input_ids), ACTION_DIM), self.token_ids[1])
         prompt = (input_ids, attention_mask, action_tokens)
-        return self.model.text_after_actions_logits(*prompt, token_ids=token_ids, **images).float()
+        return self.model.text_after_actions_logits(*prompt, token_ids=token_ids, **images)
 
     def shares_vision(self, policy):
         """True when the OpenVLA `policy` computes the same patch embeddings, so that one vision pass can serve both in a
@@ -343,23 +347,23 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def load_reward_model(path, policy, mode, dtype=torch.float32, device="cpu"):
+def load_reward_model(path, actor_critic, mode, dtype=torch.float32, device="cpu"):
     """What `train.py --reward-model` names, as an object with `score_rollout(rollout, mode)`.
 
-    policy: the `ActorCritic` whose rollouts are scored. Where its vision side is frozen and the RPRM's is the same, the
+    actor_critic: whose rollouts are scored. Where its vision side is frozen and the RPRM's is the same, the
     patch embeddings that the rollout holds already serve both; an RPRM with another vision side looks at the frames.
     """
     if mode == "none":
         return NoReward()
-    reward_model, policy_model = read_reward_model(path, dtype, device), policy.model
+    reward_model, policy = read_reward_model(path, dtype, device), actor_critic.model
     if isinstance(reward_model, VLM):
-        return RolloutScorer(reward_model, "frames", policy_model.action_tokenizer.ascending_bins)
-    sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy_model)]
+        return RolloutScorer(reward_model, "frames", policy.action_tokenizer.ascending_bins)
+    sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy)]
     if sizes[0] != sizes[1]:
         raise UserError(f"{path} was trained from another model than the policy: image or vocabulary differ")
-    if not policy.vision_frozen:
+    if not actor_critic.vision_frozen:
         return RolloutScorer(reward_model, "pixel_values")
-    shared = reward_model.shares_vision(policy_model)
+    shared = reward_model.shares_vision(policy)
     return RolloutScorer(reward_model, "patch_embeddings" if shared else "frames")
 
 
@@ -469,7 +473,7 @@ class Examples:
 
 
 def make_examples(reward_model, trajectories, suite, summary):
-    """The rows of `labelled` trajectories that carry a label -> Examples."""
+    """The rows that carry a label, of (trajectory, Labels) pairs -> Examples. summary: for the error message."""
     from simulator.sentences import sentence_of  # late: LIBERO takes seconds to import
 
     instructions, parts = [], []
@@ -563,22 +567,22 @@ def fit(
     best, best_weights = history[0], [p.detach().cpu().clone() for p in parameters]
     with progress_bar(total=epochs * steps, desc="RPRM", unit="step") as bar:
         for epoch in range(1, epochs + 1):
+            epoch_loss = 0.0
             drawn = torch.multinomial(weights, steps * batch_size, True, generator=generator)
             for rows in drawn.split(batch_size):
                 hidden = torch.rand(batch_size, generator=generator) < action_dropout  # shown without action
                 for group in optimiser.param_groups:  # linear decay to zero
                     group["lr"] = lr * (1 - bar.n / bar.total)
                 optimiser.zero_grad(set_to_none=True)
-                total = 0.0
                 for part in torch.arange(batch_size).split(micro_batch_size or batch_size):
                     loss = answer_loss(reward_model, train.select(rows[part]), hidden[part], whole_vocabulary)
                     loss = loss * len(part) / batch_size  # Eq. 3, this micro-batch's share of it
                     loss.backward()
-                    total += loss.item()
+                    epoch_loss += loss.item() / steps
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimiser.step()
                 bar.update()
-            history.append({"epoch": epoch, "train_loss": total, **measure(reward_model, held_out)})
+            history.append({"epoch": epoch, "train_loss": epoch_loss, **measure(reward_model, held_out)})
             bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("auroc", "nll")})
             if history[-1]["nll"] < best["nll"]:
                 best, best_weights = history[-1], [p.detach().cpu().clone() for p in parameters]

@@ -61,7 +61,7 @@ class Args:
     weight_decay: float = flag(0.05, "AdamW weight decay of the matrices", min=0)
     label_sigma: float = flag(8.0, "width, in bins, of soft targets of translations; 0 = one-hot", min=0)
     jitter: float = flag(0.2, "colour jitter; 1 = OpenVLA's training recipe", min=0)
-    ema: float = flag(0.998, "decay per step of the averaged weights that are saved", max=1)
+    ema: float = flag(0.998, "decay per step of the averaged weights that are saved", min=0, max=1)
     held_out: float = flag(0.05, "share of demonstrations kept for measuring", min=0, max=0.9)
     save_every: int = flag(1000, "steps between checkpoints, each with held-out loss", min=1)
     eval_every: int = flag(
@@ -92,12 +92,12 @@ from eval import NUM_INIT_STATES, evaluate
 from models.checkpoints import resolve_checkpoint
 from models.images import crop_and_normalize, resize_frames
 from models.memory import choose_dtype
-from policy import ActorCritic, OpenVLA, build_tiny, explain_out_of_memory, policy_convention
+from policy import ActorCritic, OpenVLA, build_tiny, policy_convention
 from simulator.sentences import sentence_of
 from simulator.suites import num_tasks
 from support.demonstrations import Refused, demo_files, read_demos
 from support.distributed import ALONE, ends_together, join
-from support.errors import UserError, main_guard
+from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write
 from support.machine import seed_everything
 from support.quiet import progress_bar
@@ -121,8 +121,10 @@ def group_actions(actions, repeat):
     actions (T, 7), one row per control step -> (T - repeat + 1, 7), one row per possible first step. This is how an official
     demonstration (20 Hz) trains a policy that acts every `repeat` steps; a delta command held for k steps is their mean.
     """
-    if repeat == 1 or len(actions) < repeat:
-        return actions if repeat == 1 else actions[:0]
+    if repeat == 1:
+        return actions
+    if len(actions) < repeat:
+        return actions[:0]
     windows = np.lib.stride_tricks.sliding_window_view(actions, repeat, axis=0)  # (T - k + 1, 7, k)
     return np.concatenate([windows[:, :6].mean(-1), windows[:, 6:, -1]], axis=1)
 

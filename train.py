@@ -22,7 +22,7 @@ from typing import Optional
 
 from support.cli import flag, parse_args
 
-# What differs between the two sizes. 7B: paper and release (shared hyper-parameters); tiny: found on 2 CPU cores.
+# What differs between the two sizes. 7B: the paper's, else the release's (docs/hyperparameters.md); tiny: found on 2 cores.
 DEFAULTS = {
     "tiny": dict(
         total_steps=40_960, num_envs=16, num_steps=32, max_episode_steps=160, lr=1e-3, critic_lr=1e-3, lr_schedule="linear",
@@ -79,7 +79,7 @@ class Args:
     )
     max_episode_steps: Optional[int] = by_size(
         "max_episode_steps",
-        "control steps that cut a training episode; twice the default on libero_10 and libero_90",
+        "control steps at which a training episode is truncated; twice the default on libero_10 and libero_90",
         min=1,
     )
     num_workers: Optional[int] = flag(None, "simulator processes of a rank", default="one per core", min=1)
@@ -135,8 +135,8 @@ class Args:
     gae_lambda: float = flag(0.95, "GAE's lambda", min=0, max=1)
     advantage_floor: float = flag(
         0.01,
-        "no policy step where a rollout's advantages deviate less than this (in units of reward): without any success "
-        "they are the critic's noise",
+        "no policy step where a rollout's advantages deviate less than this (in units of reward): with the sparse reward "
+        "alone and without any success they are the critic's noise",
         min=0,
     )
     entropy_coef: float = flag(0.0, "entropy bonus", min=0)
@@ -163,14 +163,14 @@ class Args:
     # Curriculum and reward
     curriculum: str = flag(
         "eq4",
-        "task sampling: Eq. 4 as printed, most often near 50 % success, or uniform",
+        "task sampling. eq4: as printed, the less a task succeeds, the more often; frontier: most often near 50 % success",
         choices=("eq4", "frontier", "uniform"),
     )
     curriculum_tau: float = flag(0.5, "temperature of the curriculum", min=1e-6)
     prm_weight: float = flag(0.1, "weight of the RPRM score in the reward", min=0)
     prm_mode: Optional[str] = flag(
         None,
-        "sum: weight x score per decision (the paper; README shows how it was exploited); potential: difference of scores, "
+        "sum: weight x score per decision (the paper; docs/rprm.md shows how it was exploited); potential: difference of scores, "
         "which leaves the best policy the best; none",
         default="potential where there is an RPRM for the policy",
         choices=("sum", "potential", "none"),
@@ -182,11 +182,14 @@ class Args:
     )
     start_episodes: int = flag(
         40,
-        "episodes of the evaluation before training, spread over the tasks; 0 = none (fewer: the first update comes sooner)",
+        "episodes of the evaluation before training, spread over the tasks (1 to 50 of each); 0 = none (fewer: the first "
+        "update comes sooner)",
         min=0,
     )
-    eval_episodes: int = flag(100, "episodes per evaluation during training, spread over the tasks", min=1)
-    final_episodes: int = flag(200, "episodes of the final comparison of start and trained policy", min=0)
+    eval_episodes: int = flag(100, "episodes per evaluation during training, spread likewise", min=1)
+    final_episodes: int = flag(
+        200, "episodes of the final comparison of start and trained policy, spread likewise", min=0
+    )
     video_every: int = flag(20, "iterations between rollout videos; 0 = none", min=0)
     track: bool = flag(False, "also log to Weights & Biases (pip install wandb)")
     keep: int = flag(2, "checkpoints kept besides the best", min=1)
@@ -207,7 +210,7 @@ import numpy as np
 import torch
 
 from envs import Curriculum, LiberoVecEnv
-from eval import evaluate
+from eval import NUM_INIT_STATES, evaluate
 from models.checkpoints import resolve_checkpoint
 from models.choose import choose_model
 from models.memory import Needs, check_memory, choose_dtype
@@ -261,10 +264,10 @@ def main(args):
     )  # fmt: skip
 
     # Storage of a rollout. Where the vision side is frozen, images are kept as its output, patch embeddings.
-    images = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
+    image_kind = "patch_embeddings" if actor_critic.vision_frozen else "pixel_values"
     S, patches, width = policy.image_size, policy.num_patches, policy.text["hidden_size"]
     image_shape = (patches, width) if actor_critic.vision_frozen else (6, S, S)
-    rollout = RolloutBuffer(args.num_steps, len(own), image_shape, images, policy.dtype)
+    rollout = RolloutBuffer(args.num_steps, len(own), image_shape, image_kind, policy.dtype)
     # Generators: of the mini-batch order, and one per environment, so that no one's luck depends on the others.
     order = torch.Generator().manual_seed(args.seed)
     samplers = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in own]
@@ -276,7 +279,7 @@ def main(args):
         pixels = policy.preprocess(frames).to(policy.dtype)  # (B, 6, S, S)
         input_ids, attention_mask = policy.tokenize(instructions)
         seen = actor_critic.embed_images(pixels) if actor_critic.vision_frozen else pixels
-        return {"input_ids": input_ids, "attention_mask": attention_mask, images: seen}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, image_kind: seen}
 
     @torch.no_grad()
     def value_of(observation):
@@ -285,7 +288,7 @@ def main(args):
 
     def success(model, episodes, videos=None):
         """Success under the LIBERO protocol. Borrows the environments, which then go on where they were."""
-        per_task = max(1, min(50, episodes // len(args.task_ids)))
+        per_task = max(1, min(NUM_INIT_STATES, episodes // len(args.task_ids)))
         return evaluate(
             model, args.suite, args.task_ids, per_task, envs=envs, on_step=run.check, temperature=args.eval_temperature,
             whole_vocabulary=args.whole_vocabulary, seed=args.seed, video=int(videos is not None), video_dir=videos,
@@ -307,9 +310,11 @@ def main(args):
                 # o_t is a picture and an instruction. The policy answers with 7 tokens, the action; the critic with V.
                 o = observe(obs["agentview"], obs["instruction"])
                 rollout.store_observation(t, obs["agentview"], obs["instruction"], **o)
-                decision = actor_critic.act(**o, temperature=args.temperature, generator=samplers)
-                rollout.store_decision(t, *decision)  # tokens, their log-probs, V(o_t)
-                actions = policy.decode_actions(decision[0].cpu().numpy(), unnorm_key)  # (N, 7)
+                tokens, log_probs, values = actor_critic.act(
+                    **o, temperature=args.temperature, generator=samplers
+                )
+                rollout.store_decision(t, tokens, log_probs, values)
+                actions = policy.decode_actions(tokens.cpu().numpy(), unnorm_key)  # (N, 7)
                 run.lap("inference")
 
                 # The environments carry it out. Where an episode ended, obs is the first of the next one.
@@ -318,12 +323,13 @@ def main(args):
 
                 # A time limit is not a terminal state: what would have followed is worth V(last observation).
                 final_values = torch.zeros(len(own))
-                cut = ranks.rows_in_step(np.flatnonzero(truncated), actor_critic.needs_all_ranks)
-                if len(cut):
-                    frames = last_frames(obs, info, cut)
-                    o = observe(frames, [rollout.instructions[t][n] for n in cut])
-                    final_values[cut] = value_of(o)
-                    rollout.store_final_observations(t, np.flatnonzero(truncated), frames, o[images])
+                ended = np.flatnonzero(truncated)
+                rows = ranks.rows_in_step(ended, actor_critic.needs_all_ranks)
+                if len(rows):
+                    frames = last_frames(obs, info, rows)
+                    o = observe(frames, [rollout.instructions[t][n] for n in rows])
+                    final_values[rows] = value_of(o)
+                    rollout.store_final_observations(t, ended, frames, o[image_kind])
                 episode = info["task_id"], info["episode_length"], info["lost"]
                 rollout.store_outcome(t, reward, terminated, truncated, final_values, *episode)
                 run.check()  # Ctrl-C
@@ -368,7 +374,7 @@ def main(args):
         actor_critic.save_policy(run.out / "policy")
         before = after = None
         if args.final_episodes:
-            ranks.print0(f"evaluating start and trained policy, {args.final_episodes} test episodes each")
+            ranks.print0("evaluating start and trained policy on the same test episodes")
             with actor_critic.start_policy() as start:
                 before = success(start, args.final_episodes, run.out / "videos/start")
             after = success(actor_critic.evaluation_policy(), args.final_episodes, run.out / "videos/trained")
@@ -393,7 +399,8 @@ def adamw(parameters):
 
 
 def last_frames(obs, info, environments):
-    """(n, H, W, 3): the last picture of the episode that each of these n environments was in."""
+    """(n, H, W, 3): the last picture of the episode that was truncated in each of these n environments. (None: the row that
+    `rows_in_step` adds so that all ranks compute together; nobody uses what comes of it.)"""
     final = info["final_obs"]
     return np.stack(
         [obs["agentview"][n] if final[n] is None else final[n]["agentview"] for n in environments]
@@ -441,7 +448,7 @@ def banner(args, actor_critic, which, ranks, iterations):
         f"  reward     sparse{rprm}; curriculum {args.curriculum}, tau {args.curriculum_tau}",
         f"  rollout    {args.num_envs} environments x {args.num_steps} decisions of {repeat} control steps, "
         f"temperature {args.temperature}",
-        f"  episodes   cut at {args.max_episode_steps} control steps, {args.render} rendering",
+        f"  episodes   truncated at {args.max_episode_steps} control steps, {args.render} rendering",
         f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g} ({args.lr_schedule}), "
         f"{args.epochs} epochs of mini-batches of {args.minibatch_size}, warm-up {args.critic_warmup}",
         f"  output     {args.out}",

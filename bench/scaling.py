@@ -2,7 +2,7 @@
 
     python -m bench scaling
     python -m bench scaling --no-measure --simulator-ms 12 --inference-ms 27 --inference-ms-per-env 21 \\
-        --update-ms 64 --gradient-mb 882 --cores-per-gpu 16        # another machine, from numbers alone
+        --update-ms 63 --gradient-mb 882 --cores-per-gpu 16        # another machine, from numbers alone
 """
 
 import json

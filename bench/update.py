@@ -2,7 +2,7 @@
 
     python -m bench update
 
-The variants are checked to give the same log-probs (tests/bench/test_update.py).
+The variants are checked to give the same log-probs (tests/bench/test_measurements.py).
 """
 
 import math

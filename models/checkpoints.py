@@ -329,23 +329,23 @@ def read_norm_stats(folder, config):
     return read_json(own) if own.is_file() else config.get("norm_stats", {})
 
 
-def find_statistics(norm_stats, suite, asked=None):
-    """The key of `norm_stats` that serves `suite`, or `asked` itself (`--unnorm-key`). Raises UserError if
+def find_statistics(norm_stats, suite, given=None):
+    """The key of `norm_stats` that serves `suite`, or `given` itself (`--unnorm-key`). Raises UserError if
     there is none.
 
     In this order: the suite's name, with `_no_noops` behind it (official checkpoints use either), the same of
     the suite that it is a variant of (libero_object for LIBERO-PRO's libero_object_swap), and the only entry
     there is.
     """
-    candidates = [suite, f"{suite}_no_noops"] if asked is None else [asked]
-    if asked is None:
+    candidates = [suite, f"{suite}_no_noops"] if given is None else [given]
+    if given is None:
         bases = {key.removesuffix("_no_noops") for key in norm_stats}
         base = max((base for base in bases if suite.startswith(f"{base}_")), key=len, default=suite)
         candidates += [base, f"{base}_no_noops"]
     for key in candidates:
         if key in norm_stats:
             return key
-    if asked is None and len(norm_stats) == 1:
+    if given is None and len(norm_stats) == 1:
         (key,) = norm_stats
         print(
             f"no action statistics for {suite} in this checkpoint; using the only ones there are, {key}",
@@ -354,7 +354,7 @@ def find_statistics(norm_stats, suite, asked=None):
         return key
     known = ", ".join(sorted(norm_stats)) or "none"
     raise UserError(
-        f"no action statistics for {suite if asked is None else asked!r} in this checkpoint; it has: {known} "
+        f"no action statistics for {suite if given is None else given!r} in this checkpoint; it has: {known} "
         "(--unnorm-key chooses)"
     )
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments behind docs/results.md, each with its seeds, as far as they are not there yet.
+# Experiments that docs/results.md does not have yet, each with its seeds.
 #
 #   scripts/evidence.sh [EXPERIMENT ...]        default: table2 states budget pro, in this order
 #

@@ -23,7 +23,7 @@ from simulator.render import CAMERA, VISIBLE
 from support.machine import cache_dir
 
 # Three triangles for four pixels of a mesh's bounding circle on the 256 px image, and never fewer than MIN_FACES.
-# Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained (docs/simulator.md).
+# Chosen by measurement: at 0.5 libero_90 loses 1.5 dB of PSNR, at 1.0 nothing is gained.
 FACES_PER_PIXEL = 0.75
 PLAIN_FACES_PER_PIXEL = (
     0.3  # without texture: the robot and its mount, smooth shapes that fewer faces describe

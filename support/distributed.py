@@ -165,6 +165,8 @@ class Ranks:
             import torch
 
             gradients = [p.grad for p in parameters if p.grad is not None]  # the same ones on every rank
+            if not gradients:  # nobody learns here: no critic, and no step of the policy
+                return
             flat = self.sum_(torch.cat([g.flatten() for g in gradients]))
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))

@@ -31,7 +31,8 @@ class LabelRule:
 
 @dataclass
 class Labels:
-    """Result of the label rule for one trajectory of T rows. Arrays are empty when the trajectory cannot be used."""
+    """Result of the label rule for one trajectory of T rows. Without a speed (a problem says why) `labels` is
+    all IGNORED, speed and openness are empty."""
 
     labels: np.ndarray  # (T,) int8: POSITIVE, NEGATIVE or IGNORED
     keyframes: list  # row indices
@@ -48,7 +49,7 @@ PROBLEMS = {
     "too_short": "fewer than two rows: no speed (not used)",
     "lengths_differ": "not one position for each action (not used)",
     "not_finite": "NaN or infinity in position or actions (not used)",
-    "no_keyframe": "the hand never comes to rest: nothing positive (not used)",
+    "no_motion": "a success in which the hand stands still (not used)",
     "no_gripper_change": "one segment (used)",
     "gripper_from_command": "no finite gripper measurement, the command stands in (used)",
 }

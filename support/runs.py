@@ -91,6 +91,10 @@ class Run:
         if self.resumed:
             self._restore()
             lines = Metrics.read(self.out, self.first - 1)
+            if (
+                self._best < 0 and lines and lines[0]["iteration"] == 0
+            ):  # evaluated after its checkpoint was written
+                self._best, self._best_rate = 0, lines[0]["eval/success_rate"]
         else:
             envs.reset(seed=args.seed)
         if self.ranks.is_main_process:

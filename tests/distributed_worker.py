@@ -33,6 +33,7 @@ UPDATES = {
     "all": ("all", "adapter", dict(target_kl=None)),
     "shared critic": ("language", "shared", dict(target_kl=None)),
     "kl guard": ("language", "adapter", dict(target_kl=0.03)),
+    "kl guard, no critic": ("language", "none", dict(target_kl=0.03)),  # at last nothing learns, on no rank
 }
 
 
@@ -40,13 +41,13 @@ class Recorder(torch.optim.AdamW):
     """AdamW that keeps the gradients it was given."""
 
     def __init__(self, parameters):
-        super().__init__(parameters, lr=3e-3, eps=1e-5, weight_decay=0.0)
+        super().__init__([{"params": list(parameters)}], lr=3e-3, eps=1e-5, weight_decay=0.0)
         self.seen = []
 
     def step(self):
-        self.seen.append(
-            torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
-        )
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        if gradients:  # without a critic its optimiser has none
+            self.seen.append(torch.cat(gradients))
         super().step()
 
 

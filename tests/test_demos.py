@@ -122,6 +122,33 @@ def test_the_shipped_policy_acts_in_recordings(tmp_path):
 
 @pytest.mark.libero
 @pytest.mark.slow
+def test_a_recording_does_not_depend_on_the_number_of_workers(tmp_path):
+    files = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        command = [
+            sys.executable,
+            "demos.py",
+            "--task-ids",
+            "9",
+            "--num-demos",
+            "3",
+            "--num-workers",
+            str(workers),
+        ]
+        subprocess.run([*command, "--seed", "3", "--out", str(out)], cwd=ROOT, check=True)
+        (file,) = demonstrations.demo_files(out / "libero_object", action_repeat=4)
+        files.append(list(demonstrations.read_demos(file)))
+    alone, shared = files
+    assert len(alone) == len(shared) == 3
+    for a, b in zip(alone, shared, strict=True):
+        for name in ("actions", "executed", "agentview"):
+            np.testing.assert_array_equal(a[name], b[name])
+    assert not np.array_equal(alone[0]["actions"], alone[1]["actions"])  # three different ones
+
+
+@pytest.mark.libero
+@pytest.mark.slow
 def test_a_task_on_which_the_expert_fails_is_named_and_leaves_nothing(tmp_path):
     """Disturbed so much that a knob can still be turned (7), but a bowl not be put into a drawer (3), whose other share may
     end before or after."""

@@ -29,7 +29,7 @@ MODULES = (
 )  # python -m, which may import what is slow before --help
 SUBCOMMANDS = {
     "-m scripts.rprm": ("label", "train", "score", "record"),
-    "-m support.report": ("page", "compare"),
+    "-m support.report": ("page", "compare", "pair"),
     "-m bench": tuple(
         p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
     ),

@@ -107,7 +107,7 @@ def test_official_outputs(official, expected, prompts, i):
     actions = official.generate_actions(ids, pixels, temperature=0.0, whole_vocabulary=True)
     assert actions.tokens[0].tolist() == expected[f"action_tokens_{i}"].tolist()
     np.testing.assert_allclose(
-        actions.logprobs[0].numpy(), expected[f"action_logprobs_{i}"], rtol=0, atol=1e-4
+        actions.log_probs[0].numpy(), expected[f"action_logprobs_{i}"], rtol=0, atol=1e-4
     )
     decoded = official.decode_actions(actions.tokens, "libero_object")  # finds libero_object_no_noops
     np.testing.assert_allclose(decoded[0], expected[f"action_{i}"], rtol=0, atol=1e-6)
@@ -194,7 +194,7 @@ def test_batch_equals_single(official, prompts, whole, temperature):
     for i, row in enumerate(alone):
         single = sample([i], *row)
         assert torch.equal(single.tokens[0], together.tokens[i])
-        torch.testing.assert_close(single.logprobs[0], together.logprobs[i], **ROUNDING)
+        torch.testing.assert_close(single.log_probs[0], together.log_probs[i], **ROUNDING)
         for alone_, batched in zip(
             evaluate(single.tokens, *row), evaluated, strict=True
         ):  # log-probs, entropy
@@ -231,8 +231,8 @@ def test_sampled_log_probs_are_the_evaluated_ones(small, batch, whole, temperatu
         evaluation = small.action_log_probs(
             ids, mask, actions.tokens, pixel_values=pixels, temperature=temperature, whole_vocabulary=whole
         )
-    assert actions.logprobs.std() > 0.1  # not a comparison of constants
-    torch.testing.assert_close(actions.logprobs, evaluation.log_probs, rtol=0, atol=1e-5)
+    assert actions.log_probs.std() > 0.1  # not a comparison of constants
+    torch.testing.assert_close(actions.log_probs, evaluation.log_probs, rtol=0, atol=1e-5)
     if not whole:
         assert (actions.tokens >= small.action_tokenizer.first).all()
         assert (actions.tokens < small.action_tokenizer.vocab_end).all()
@@ -248,7 +248,7 @@ def test_cache_equals_full_forward(small, batch):
             with torch.no_grad():
                 log_p = small(sequence, pixels[i : i + 1]).logits[0, -1].log_softmax(-1)
             assert log_p.argmax() == actions.tokens[i, k]
-            assert abs(log_p.max() - actions.logprobs[i, k]) < 1e-5
+            assert abs(log_p.max() - actions.log_probs[i, k]) < 1e-5
             sequence = torch.cat((sequence, log_p.argmax()[None, None]), dim=1)
 
 
@@ -277,7 +277,7 @@ def test_patch_embeddings_replace_pixels(small, batch):
         )
     from_pixels = small.generate_actions(ids, pixels, mask)
     from_embeddings = small.generate_actions(ids, None, mask, patch_embeddings=embeddings)
-    assert same(from_pixels.logprobs, from_embeddings.logprobs)
+    assert same(from_pixels.log_probs, from_embeddings.log_probs)
 
 
 def test_text_after_actions(small, batch):
@@ -327,7 +327,7 @@ def test_bfloat16_keeps_float32_probabilities(batch):
     actions = model.generate_actions(
         ids, pixels, mask, temperature=1.0, generator=torch.Generator().manual_seed(0)
     )
-    assert actions.logprobs.dtype == torch.float32
+    assert actions.log_probs.dtype == torch.float32
     assert model.action_logits(ids, mask, actions.tokens, pixel_values=pixels).dtype == torch.float32
 
 
@@ -614,7 +614,7 @@ def test_actor_critic(batch, tmp_path, targets, critic):
     images = images_for(actor_critic, pixels)
     tokens, log_probs, values = actor_critic.act(ids, mask, **images, temperature=0.0)
     assert torch.equal(tokens, reference.tokens)  # a fresh adapter adds nothing
-    assert same(log_probs, reference.logprobs)
+    assert same(log_probs, reference.log_probs)
     assert values.shape == (3,) and values.dtype == torch.float32
 
     disturb(actor_critic.policy_parameters())
@@ -645,7 +645,7 @@ def test_actor_critic(batch, tmp_path, targets, critic):
     with actor_critic.start_policy() as start:
         at_start = start.generate_actions(ids, pixels, mask)
     assert torch.equal(at_start.tokens, reference.tokens) and torch.equal(
-        at_start.logprobs, reference.logprobs
+        at_start.log_probs, reference.log_probs
     )
     assert all(p.requires_grad for p in trained)
     start = actor_critic.base_policy()
@@ -661,7 +661,7 @@ def test_actor_critic(batch, tmp_path, targets, critic):
         torch.testing.assert_close(plain, want, rtol=0, atol=1e-4)
     actor_critic.save_policy(tmp_path / "merged")
     loaded = OpenVLA.from_pretrained(tmp_path / "merged")
-    outputs = [model.generate_actions(ids, pixels, mask).logprobs for model in (loaded, merged)]
+    outputs = [model.generate_actions(ids, pixels, mask).log_probs for model in (loaded, merged)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4 if critic == "shared" else 1e-5)
     assert actor_critic.evaluation_policy() is merged  # one copy, refreshed
     assert (merged is actor_critic.model) == (critic == "shared")

@@ -1,4 +1,4 @@
-"""sim.py against the stock environment: the same physics, the same picture, and what must not change."""
+"""simulator/ against the stock environment: the same physics, the same picture, and what must not change."""
 
 import os
 import subprocess

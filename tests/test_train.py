@@ -142,6 +142,16 @@ def test_the_start_policy_is_iteration_0_and_evaluations_follow_every_so_often(m
     assert "eval" not in lines[1] and "eval 0 %" in lines[2] and "eval" not in lines[3]
     assert (out / "checkpoints" / "000000").is_dir()  # nothing was better
 
+    # Killed between that evaluation and the next checkpoint: the start policy still counts as the best so far.
+    killed = tmp_path / "killed"
+    shutil.copytree(out / "checkpoints/000000", killed / "checkpoints/000000")
+    shutil.copy(out / "config.json", killed)
+    first, *_ = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text(first)
+    _finish([sys.executable, "train.py", "--resume", str(killed)])
+    assert [m["iteration"] for m in _metrics(killed)] == [0, 1, 2, 3, 4]
+    assert (killed / "checkpoints" / "000000").is_dir()
+
 
 @pytest.mark.libero
 def test_a_run_leaves_what_it_promises(models, uninterrupted):

@@ -162,7 +162,7 @@ def test_which_statistics_serve_a_suite(capsys):
     }
     assert {suite: find_statistics(both, suite) for suite in want} == want
     assert find_statistics({"libero_10": {}, "libero_10_swap": {}}, "libero_10_swap") == "libero_10_swap"
-    assert find_statistics(both, "libero_goal", asked="bridge_orig") == "bridge_orig"
+    assert find_statistics(both, "libero_goal", given="bridge_orig") == "bridge_orig"
     assert capsys.readouterr().err == ""
     assert find_statistics({"bridge_orig": {}}, "libero_goal") == "bridge_orig"
     assert "using the only ones there are, bridge_orig" in capsys.readouterr().err
