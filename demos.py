@@ -313,6 +313,8 @@ def main(args):
 def _rate(results):
     """Successes of (success, steps) pairs with their 95 % interval, and the mean length of those that succeeded."""
     wins, n = sum(success for success, _ in results), len(results)
+    if n == 0:
+        return "no test states"
     low, high = wilson_interval(wins, n)
     steps = np.mean([t for success, t in results if success]) if wins else float("nan")
     return (

@@ -15,8 +15,8 @@ An episode that ends is followed by the next one in the same step (Gymnasium's S
 episode, and the last of the old one is info["final_obs"]. Of info, `train.py` reads besides: "task_id", "episode_length" in
 control steps, and "lost", where an episode ended by no doing of the policy. The curriculum chooses the new task, and
 `train.py` tells it the outcomes of a rollout. An evaluation (`eval.py`) chooses tasks and initial states itself: it needs
-`suite`, `max_steps`, `active`, `closed`, `assign`, the options of `reset`, and of info "_final_obs", "started", "success",
-"worker_restarted" and "unstable" too.
+`suite`, `num_envs`, `max_steps`, `active`, `closed`, `assign`, the options of `reset`, and of info "_final_obs", "started",
+"success", "worker_restarted" and "unstable" too.
 
 Behind `LiberoVecEnv`, worker processes play the episodes (simulator/). Every random choice comes from (seed, environment,
 number of its episode), never from a stream that environments share: trajectories are the same, byte for byte, whatever the
@@ -78,7 +78,6 @@ class Curriculum:
         self._outcomes = [deque(maxlen=self.window) for _ in self.task_ids]
         self.num_updates = 0
         self.deferred = deferred
-        self.pending = []  # (task id, success), in the order in which episodes ended
 
     def success_rates(self):
         """(num_tasks,) float64 in (0, 1): s_j with the prior."""
@@ -101,17 +100,15 @@ class Curriculum:
         return self.task_ids[int(rng.choice(len(self.task_ids), p=self.probabilities()))]
 
     def update(self, task_id, success):
-        """Count one finished episode (deferred: at the next `commit`)."""
-        self.pending.append((int(task_id), bool(success)))
+        """Count one finished episode. Deferred: not yet, `commit` will be told."""
         if not self.deferred:
-            self.commit()
+            self.commit([(int(task_id), bool(success))])
 
-    def commit(self, outcomes=None):
-        """Let pending episodes count: this process's own, or `outcomes`, those of all processes in one order."""
-        for task_id, success in self.pending if outcomes is None else outcomes:
+    def commit(self, outcomes):
+        """Count finished episodes, (task id, success) each, in this order: those of all processes."""
+        for task_id, success in outcomes:
             self._outcomes[self._row[task_id]].append(success)
             self.num_updates += 1
-        self.pending = []
 
     def state_dict(self):
         """Arrays only: "outcomes" (num_tasks, window) int8, oldest first, -1 = none yet; "num_updates" () int64."""
@@ -149,9 +146,9 @@ class LiberoVecEnv(VectorEnv):
     init_states: "random" (objects placed anew, for training) or "protocol" (a random one of the evaluation's states).
     curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Assigned episodes (`assign`, or the options of
         `reset`) do not count in its statistics.
-    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.1 GB each and 0.4 GB more for the
-        first; an environment costs 5 MB. Beyond that number, the least recently used task that no environment plays is
-        dropped, and a later visit costs a rebuild (seconds).
+    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.05 GB each beside 0.4 GB for a
+        worker with its first; an environment costs 3 MB. Beyond that number, the least recently used task that no
+        environment plays is dropped, and a later visit costs a rebuild (seconds).
     timeout: seconds that a worker may take for one command before it is replaced (simulator/pool.py; one that stands still
         is noticed sooner). egl_devices: EGL device numbers, given to the workers in turn (default: EGL chooses).
     first_env: number of the first environment among those of all ranks. Random choices come from this number, so an

@@ -237,7 +237,7 @@ def main(args):
     device = "cpu" if args.device == "cpu" else ranks.device
     folder = resolve_checkpoint(args.checkpoint)
     dtype = choose_dtype(args.dtype, folder, device)
-    check_memory(Needs(folder, dtype, num_envs=args.num_envs), device)
+    check_memory(Needs(folder, dtype, num_envs=max(1, args.num_envs // ranks.size)), device)
     model = OpenVLA.from_pretrained(folder, dtype=dtype, device=device).eval()
     unnorm_key = model.unnorm_key_for(args.suite, args.unnorm_key)
 

@@ -17,7 +17,6 @@ are those of scripts/rprm.py.
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,11 @@ import torch.nn.functional as F
 
 from models.adapters import LORA_TARGETS, Adapter, read_tensors_for, save_adapter
 from models.answer import answer_token_ids, prior_of, score_of
-from models.checkpoints import resolve_checkpoint
+from models.checkpoints import replace_files, resolve_checkpoint
 from models.vlm import VLM
 from policy import ACTION_DIM, OpenVLA, policy_convention
 from support.errors import UserError, explain_out_of_memory
-from support.files import atomic_write, read_json
+from support.files import read_json
 from support.labels import IGNORED, NEGATIVE, POSITIVE, LabelRule, Labels
 from support.metrics import auroc, binary_metrics
 from support.quiet import progress_bar
@@ -318,10 +317,9 @@ class RPRM:
             self.model.side_files["rprm.json"] = text.encode()
             self.model.save_pretrained(directory)
         else:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(Path(directory) / "adapter", ignore_errors=True)
-            save_adapter(Path(directory) / "adapter", self.adapter)
-            atomic_write(Path(directory) / "rprm.json", text)
+            with replace_files(directory) as part:
+                save_adapter(part / "adapter", self.adapter)
+                (part / "rprm.json").write_text(text)
 
 
 @torch.no_grad()

@@ -93,6 +93,7 @@ from models.checkpoints import resolve_checkpoint
 from models.images import crop_and_normalize, resize_frames
 from models.memory import choose_dtype
 from policy import ActorCritic, OpenVLA, build_tiny, policy_convention
+from simulator.render import default_render
 from simulator.sentences import sentence_of
 from simulator.suites import num_tasks
 from support.demonstrations import Refused, demo_files, read_demos
@@ -185,7 +186,7 @@ class Dataset:
         """Frame indices (train, held out), whole demonstrations on either side."""
         order = torch.randperm(self.num_demos, generator=generator)
         held = torch.zeros(self.num_demos, dtype=torch.bool)
-        held[order[: round(held_out * self.num_demos)]] = True
+        held[order[: min(round(held_out * self.num_demos), self.num_demos - 1)]] = True
         return (~held[self.demo]).nonzero()[:, 0], held[self.demo].nonzero()[:, 0]
 
     def tokenize(self, model):
@@ -392,8 +393,11 @@ def success_rate(args, model, ranks):
         task_ids = list(range(min(num_tasks(suite), args.eval_episodes)))
         per_task = min(NUM_INIT_STATES, args.eval_episodes // len(task_ids))
         rates.append(
-            evaluate(model, suite, task_ids, per_task, 16, temperature=1.0, ranks=ranks).success_rate
-        )
+            evaluate(
+                model, suite, task_ids, per_task, 16, temperature=1.0, render=default_render(),
+                progress=ranks.is_main_process, ranks=ranks,
+            ).success_rate
+        )  # fmt: skip
     return float(np.mean(rates))
 
 
@@ -417,9 +421,9 @@ def prepare_model(args, device):
     def save(out):
         """The adapter in peft's format, and the statistics that its actions are read with; with --merge the whole policy."""
         actor.save_adapters(out / "adapters")
-        atomic_write(out / "dataset_statistics.json", json.dumps(model.norm_stats, indent=1))
         if args.merge:
             actor.save_policy(out)
+        atomic_write(out / "dataset_statistics.json", json.dumps(model.norm_stats, indent=1))
 
     return model, actor.policy.named_parameters(), save
 
@@ -457,6 +461,8 @@ def main(args):
     if main_process:
         make_directory(out)
         write_log(out, args, training.log)  # the settings, for --resume
+        if not resumed:
+            save_state(training.state_dict(), state)  # while it is there, the training is not done
     steps, shape = range(training.step + 1, args.steps + 1), dict(initial=training.step, total=args.steps)
     bar = progress_bar(steps, desc="sft", unit="step", disable=not main_process, **shape)
     with explain_out_of_memory("lower --micro-batch-size, or turn on --gradient-checkpointing"):

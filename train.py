@@ -220,7 +220,7 @@ from reward_model import load_reward_model, shaping_reward
 from simulator.devices import share_of_machine
 from simulator.render import check_egl, default_render
 from simulator.suites import check_task_ids
-from support.distributed import ends_together, join
+from support.distributed import ALONE, ends_together, join
 from support.errors import UserError, main_guard
 from support.machine import seed_everything
 from support.numerics import check_finite
@@ -232,7 +232,7 @@ from support.runs import Run
 def main(args):
     ranks = join()  # this process among those of torchrun; alone, each of its methods is the identity
     run = Run(args, ranks)  # directory, checkpoints, metrics, films, signals
-    args, size, reason = fill_defaults(run.args)  # with --resume, the settings of that run
+    args, size, reason = fill_defaults(run.args, ranks)  # with --resume, the settings of that run
     own = ranks.share(args.num_envs)  # the environments of this rank, in the numbering of all
     seed_everything(args.seed)
 
@@ -407,11 +407,13 @@ def last_frames(obs, info, environments):
     )
 
 
-def fill_defaults(args):
+def fill_defaults(args, ranks=ALONE):
     """Fill the settings that depend on the model's size and on what there is; returns (args, size, reason)."""
     args.task_ids = check_task_ids(args.suite, args.task_ids)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    args.model, size, reason = choose_model(args.model, args.suite, DEFAULTS["7B"] | given)
+    flags = DEFAULTS["7B"] | given
+    flags |= dict(num_envs=max(1, flags["num_envs"] // ranks.size), shards=ranks.size if args.shard else 1)
+    args.model, size, reason = choose_model(args.model, args.suite, flags)
     if args.max_episode_steps is None and args.suite.startswith(LONG_SUITES):
         args.max_episode_steps = 2 * DEFAULTS[size]["max_episode_steps"]
     for name, value in DEFAULTS[size].items():
@@ -420,6 +422,8 @@ def fill_defaults(args):
     if args.reward_model == "auto":
         beside = Path(args.model).parent / "rprm"
         args.reward_model = str(beside) if size == "tiny" and beside.is_dir() else None
+    if args.reward_model and Path(args.reward_model).is_dir():
+        args.reward_model = str(resolve_checkpoint(args.reward_model, "reward model"))
     if args.reward_model is None and args.prm_mode not in (None, "none"):
         raise UserError(
             "no RPRM for this policy: train one with `python -m scripts.rprm train`, give it with --reward-model, "

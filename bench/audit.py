@@ -35,7 +35,6 @@ def audit_training(report):
         fine = (grown == full) | (ended & (0 < grown) & (grown < full)) | (cut & (grown == 0))
         so_far[:] = np.where(ended, 0, after)
         count.update(decisions=len(fine), lost=int((~fine).sum()), cut=int(cut.sum()), ended=int(ended.sum()))
-        count["restarts"] = self.num_restarts
         lengths["workers"] = self.worker_pids
         return obs, reward, terminated, truncated, info
 

@@ -132,15 +132,20 @@ def training_rates(args, count):
     """Decisions per second of `count` trainings that run side by side, mean over the measured iterations."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {Path(folder, str(k)): None for k in range(count)}
-        for out in runs:
-            runs[out] = start_training(args, out)
         rates = []
-        for out, run in runs.items():
-            _, errors = run.communicate()
-            if run.returncode:
-                raise UserError(f"train.py failed: {errors.strip().splitlines()[-1]}")
-            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            rates.append(float(np.mean([line["charts/SPS"] for line in lines if line["iteration"] > 1])))
+        try:
+            for out in runs:
+                runs[out] = start_training(args, out)
+            for out, run in runs.items():
+                _, errors = run.communicate()
+                if run.returncode:
+                    raise UserError(f"train.py failed: {errors.strip().splitlines()[-1]}")
+                lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                rates.append(float(np.mean([line["charts/SPS"] for line in lines if line["iteration"] > 1])))
+        finally:  # when one fails, the others would go on
+            for run in filter(None, runs.values()):
+                run.kill()
+                run.wait()
     return rates
 
 

@@ -140,7 +140,7 @@ def measure(args):
 def show(r):
     it, update = r["iteration"], r["update"]
     print(
-        f"\nan iteration of train.py: {it['whole']:.2f} s (physics, render, reset: processor time of all simulator processes)"
+        f"\nan iteration of train.py: {it['whole']:.2f} s (physics, render, reset: by the clock, summed over all environments)"
     )
     rows = [(part, seconds, seconds / it["whole"]) for part, seconds in it.items() if part != "whole"]
     table(["part", "s:.2f", "share:.0%"], rows)

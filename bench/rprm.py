@@ -63,6 +63,7 @@ class Args:
 # --------------------------------------------------------------------------------------------------------------------
 
 HELD = 0.03  # metres above its rest from which an object counts as lifted
+SETTLED = 5  # decisions within which an object that was put down counts as in its place
 
 
 class TaskProgress:
@@ -153,28 +154,32 @@ def follow(episode, run):
     progress (T + 1,), 1 after a success; dropped (T + 1,) bool: an object of a goal that was lifted has just fallen.
     """
     env = episode.sim.env.env
-    goals = [goal for goal in env.parsed_problem["goal_state"] if len(goal) == 3]
+    goals = {goal[1]: goal for goal in env.parsed_problem["goal_state"] if len(goal) == 3}
     episode.set_state(run["states"][0])
-    progress, things = TaskProgress(episode), {goal[1] for goal in goals}
-    heights = []
+    progress = TaskProgress(episode)
+    heights, placed = [], []
     run["progress"] = []
     for state in run["states"]:
         episode.set_state(state)
         run["progress"].append(progress(episode))
-        heights.append([env.object_states_dict[name].get_geom_state()["pos"][2] for name in sorted(things)])
+        heights.append([env.object_states_dict[name].get_geom_state()["pos"][2] for name in goals])
+        placed.append([env._eval_predicate(goal) for goal in goals.values()])
     if run["success"]:
         run["progress"][-1] = 1.0
-    run["dropped"] = drops(np.array(heights), run["success"])
+    run["dropped"] = drops(np.array(heights), np.array(placed, bool), run["success"])
 
 
-def drops(heights, success):
-    """(T + 1,) bool: the first state in which an object that was lifted is down again. heights (T + 1, objects) in metres.
-    The release that a success ends with is none."""
+def drops(heights, placed, success):
+    """(T + 1,) bool: the first state in which an object that was lifted is down again, and not in its place soon after.
+
+    heights (T + 1, objects) in metres; placed (T + 1, objects) bool: is it where the goal wants it? The release that a success
+    ends with is none.
+    """
     dropped = np.zeros(len(heights), bool)
-    for height in heights.T:
+    for height, there in zip(heights.T, placed.T, strict=True):
         lifted = height > height[0] + HELD
         for t in np.flatnonzero(lifted[:-1] & ~lifted[1:]) + 1:
-            dropped[t] = True
+            dropped[t] |= not there[t : t + SETTLED].any()
     if success:
         dropped[max(0, len(heights) - 3) :] = False
     return dropped
@@ -382,9 +387,12 @@ def measure(args):
     rprm = args.rprm or f"checkpoints/{args.suite}/rprm"
     reward_model = read_reward_model(rprm, device=args.device)
     names = (args.policy or f"checkpoints/{args.suite}/policy").split(",")
-    runs, limits, policies, hovers = [], [], [], []
+    runs, limits, policies, hovers, repeats = [], [], [], [], set()
     for name in names:
         model = OpenVLA.from_pretrained(name, device=args.device)
+        repeats.add(model.action_repeat)
+        if len(repeats) > 1:
+            raise UserError(f"--policy {args.policy}: policies of different action_repeat share no tables")
         decide = deciding(model, args.suite, args.temperature, args.seed)
         played = runs_by_task(
             args.suite, task_ids, args.episodes_per_task, model.action_repeat, args.seed, decide

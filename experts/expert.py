@@ -21,7 +21,7 @@ from experts.skills import Door, Drawer, Knob, PickAndPlace, Push
 from simulator.suites import get_suite
 
 OPENED = 0.125  # metres that a drawer is pulled for something to go in: a bowl is 11 cm wide
-PUSHED = ("akita_black_bowl", "white_bowl")  # what can be pushed aside from inside
+PUSHED = ("black_bowl", "white_bowl")  # ends of the names of what can be pushed aside from inside
 RANK = {"open": 0, "turnoff": 1, "turnon": 1, "in": 2, "on": 2, "close": 3}
 
 
@@ -42,10 +42,10 @@ class Expert:
             return -1 if first else RANK[g[0]] + 0.5 * under
 
         self.goal = sorted(goal, key=rank)
-        self.skills = []  # (predicate, skill)
+        self.skills = []  # (predicate, skill, role)
         for g in self.goal:
             if g[0] in ("in", "on"):
-                if scene.kinds[g[1]] == "plate" and g[2].endswith("_region"):
+                if scene.kinds[g[1]].endswith("plate") and g[2].endswith("_region"):
                     self.skills.append((g, Push(scene, g[1], g[2]), "goal"))
                     continue
                 # Things that share a place stand side by side, in the order in which they stand now.
@@ -54,19 +54,20 @@ class Expert:
                 )
                 shift = 0.09 * (sharing.index(g) - 0.5 * (len(sharing) - 1))
                 if drawer_of(scene, g[2]):
-                    self.skills += self.into_drawer(g, shift)
+                    self.skills += self.into_drawer(g)
                 else:
                     self.skills.append((g, PickAndPlace(scene, g[1], g[2], shift), "goal"))
             elif g[0] in ("open", "close"):
-                make = Drawer if drawer_of(scene, g[1]) else Door
-                self.skills.append((g, make(scene, g[1], g[0] == "open"), "goal"))
+                opening = g[0] == "open"
+                skill = Drawer(scene, g[1], opening) if drawer_of(scene, g[1]) else Door(scene, g[1])
+                self.skills.append((g, skill, "goal"))
             else:
                 self.skills.append((g, Knob(scene, g[1], g[0] == "turnon"), "goal"))
         if any(not isinstance(s[1], PickAndPlace) or s[1].turning for s in self.skills):
             for s in self.skills:  # where one skill turns the hand, the others turn it back
                 s[1].turning = True
 
-    def into_drawer(self, g, shift):
+    def into_drawer(self, g):
         """Open it first; and before that, push the thing away from where the hand would have no room under the open drawer."""
         scene, name = self.scene, g[1]
         drawer = Drawer(scene, g[2], True)
@@ -76,8 +77,8 @@ class Expert:
         scene.low[drawer.mine] += ahead  # plan for the drawer as it will be
         scene.high[drawer.mine] += ahead
         for aside in 0.01 * np.arange(0, 10):
-            pick = PickAndPlace(scene, name, g[2], shift, ahead, aside * drawer.outward)
-            if pick.crowded < 0.005 or scene.kinds[name] not in PUSHED:
+            pick = PickAndPlace(scene, name, g[2], 0.0, ahead, aside * drawer.outward)
+            if pick.crowded < 0.005 or not scene.kinds[name].endswith(PUSHED):
                 break
         scene.look()
         skills = [(g, drawer, "prerequisite"), (g, pick, "goal")]
@@ -102,7 +103,7 @@ class Expert:
         scene = self.scene
         scene.look()
         done = [self.finished(*s) for s in self.skills]
-        self.now = next((s for s, d in zip(self.skills, done) if not d), None)
+        now = next((s for s, d in zip(self.skills, done) if not d), None)
         for (g, skill, role), d in zip(self.skills, done):
             past = (
                 role == "prerequisite"
@@ -111,11 +112,10 @@ class Expert:
                 and self.drawer.position() < -0.05
             )
             if d and not past and skill.around():
-                self.now = (g, skill, "leave " + role)
                 return skill.leave()
-        if self.now is None:
+        if now is None:
             return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-        return self.now[1].action()
+        return now[1].action()
 
 
 def goal_of(suite, task_id):

@@ -29,14 +29,13 @@ class Grasp:
 # Grasps at a point of the object's own frame, fingers closing along its x or y axis: (point, axis, width).
 POINTS = {
     "moka_pot": ((0.0, 0.073, 0.045), "x", 0.016),
-    "chefmate_8_frypan": ((0.15, 0.0, 0.042), "y", 0.03),
     "chefmate8_frypan": ((0.15, 0.0, 0.042), "y", 0.03),
 }
-# Round things with a rim: (radius of the rim's middle, depth below the rim, whether a handle sits at own +x)
+# Round things with a rim, and a handle at their own +x: (radius of the rim's middle, depth below the rim)
 RIMS = {
-    "porcelain_mug": (0.040, 0.02, True),
-    "white_yellow_mug": (0.043, 0.02, True),
-    "red_coffee_mug": (0.040, 0.02, True),
+    "porcelain_mug": (0.040, 0.02),
+    "white_yellow_mug": (0.043, 0.02),
+    "red_coffee_mug": (0.040, 0.02),
 }
 RIM_NEAR = 0.024  # a rim may stand anywhere between the fingers, which are 8 cm apart
 # Handles that a lying hand can take from behind: point in the own frame.
@@ -97,7 +96,8 @@ def grasp_candidates(scene, name, place):
         return
     upright = abs(scene.matrix(name)[2, 2]) > 0.9
     if kind in RIMS or min(high[:2] - low[:2]) > WIDEST and min(size[:2]) > WIDEST:
-        radius, depth, handle = RIMS.get(kind, (0.5 * (high[1] - low[1]) - 0.008, 0.02, False))
+        radius, depth = RIMS.get(kind, (0.5 * (high[1] - low[1]) - 0.008, 0.02))
+        handle = kind in RIMS
         centre = np.array([*middle[:2], 0.0])
         if handle:
             centre = turn(yaw) @ np.array([own_low[0] + 0.5 * size[1], 0.0, 0.0])
@@ -189,7 +189,7 @@ class Place:
         z = self.scene.site(self.name)[0][2] if self.site else self.scene.extent(self.name)[1][2]
         return z, z + 0.04
 
-    def turns(self, scene, name, yaw):
+    def turns(self, yaw):
         return (0.0,)
 
 
@@ -213,7 +213,7 @@ class Compartment(Place):
         low, high = self.scene.extent(self.parent)
         return low[2] + 0.014, high[2]
 
-    def turns(self, scene, name, yaw):
+    def turns(self, yaw):
         """A book stands along the compartment's long side."""
         rotation = self.scene.site(self.name)[1]
         size = np.abs(rotation @ self.scene.sim.env.env.object_sites_dict[self.name].size)
@@ -224,18 +224,18 @@ class Compartment(Place):
 
 
 class Niche(Place):
-    """A microwave or a shelf: from the front, at the height of its floor."""
+    """A microwave: from the front, at the height of its floor."""
 
     drop, tolerance, slack = 0.01, 0.015, 0.02
-    DEPTH = {"microwave": 0.02}
+    DEPTH = 0.02  # metres of the thing's middle behind the niche's front
 
     def inward(self):
         return np.round(self.scene.matrix(self.parent)[:, 1])
 
     def position(self):
-        centre, rotation = self.scene.site(self.name)
+        centre, _ = self.scene.site(self.name)
         size = self.scene.sim.env.env.object_sites_dict[self.name].size
-        return centre + self.inward() * (self.DEPTH.get(self.kind, 0.02) - size[1])
+        return centre + self.inward() * (self.DEPTH - size[1])
 
     def via(self, obj):
         goal, inward = self.position(), self.inward()
@@ -264,7 +264,7 @@ class InDrawer(Place):
 def place_of(scene, name, shift=0.0):
     place = Place(scene, name, shift)
     thing = scene.sim.env.env.object_sites_dict.get(name)
-    if place.kind in ("basket", "wooden_tray"):
+    if place.kind.endswith(("basket", "wooden_tray")):  # LIBERO-PRO has a red_basket
         return Container(scene, name)
     if place.kind == "desk_caddy":
         return Compartment(scene, name)

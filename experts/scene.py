@@ -120,8 +120,8 @@ class Scene:
 
     def site(self, name):
         """Position (3,) and rotation (3, 3) of one of the task's named places."""
-        data = self.sim.env.env.sim.data
-        return np.array(data.get_site_xpos(name)), np.array(data.get_site_xmat(name)).reshape(3, 3)
+        data, site = self.episode.data, self.sim.model.site(name).id
+        return data.site_xpos[site].copy(), data.site_xmat[site].reshape(3, 3).copy()
 
     def holds(self, predicate):
         self.episode._activate()

@@ -30,7 +30,7 @@ class PickAndPlace:
             crowded = scene.overlap(grip, grasp.rotation, (name,))
             cost = 6 * crowded + grasp.cost
             cost += 0.1 * angle_between(grasp.rotation, scene.rest_mat)
-            for dyaw in self.place.turns(scene, name, self.yaw0):
+            for dyaw in self.place.turns(self.yaw0):
                 end, rotation = goal + turn(dyaw) @ grasp.offset, turn(dyaw) @ grasp.rotation
                 twist = angle_between(rotation, scene.rest_mat)
                 if not reachable(scene, rotation):
@@ -207,21 +207,25 @@ class Drawer:
         out = (self.scene.eef - bar) @ self.outward
         return bar, out, bar - self.scene.eef + out * self.outward
 
+    def wanted(self):
+        """The hand's rotation; to close towards +y, the one of the two that it is turned to."""
+        return self.rotation if self.opening or self.scene.hand_yaw() > 0 else self.other
+
     def around(self):
         _, out, lateral = self.parts()
-        lying = angle_between(self.rotation, self.scene.eef_mat) < 0.5
+        lying = angle_between(self.wanted(), self.scene.eef_mat) < 0.5
         return lying and out < (0.12 if self.opening else 0.07) and np.linalg.norm(lateral) < 0.08
 
     def leave(self):
         scene = self.scene
         step = 0.08 * self.outward if scene.gap > OPEN_GAP - 0.02 or not self.opening else 0.0
-        return command(scene, step + np.zeros(3), self.rotation, float(self.opening))
+        return command(scene, step + np.zeros(3), self.wanted(), float(self.opening))
 
     def action(self):
         scene = self.scene
         bar, out, lateral = self.parts()
         off = np.linalg.norm(lateral)
-        rotation = self.rotation if self.opening or scene.hand_yaw() > 0 else self.other
+        rotation = self.wanted()
         ready = angle_between(rotation, scene.eef_mat) < 0.25
         stand = 0.10 * np.clip((off - 0.014) / 0.02, 0.0, 1.0) if ready else 0.12
         if not self.opening:
@@ -327,17 +331,14 @@ class Push:
 class Door:
     """Close a door that swings about a vertical hinge by pushing its outer face round with closed fingers."""
 
-    def __init__(self, scene, thing, opening):
-        self.scene, self.opening = scene, opening
+    def __init__(self, scene, thing):
+        self.scene = scene
         m = scene.sim.model
         self.joint = m.joint(scene.things()[thing].joints[0]).id
         self.body = m.jnt_bodyid[self.joint]
 
     def around(self):
-        return False
-
-    def leave(self):
-        return command(self.scene, np.zeros(3), None, 0.0)
+        return False  # what comes after a door needs no room
 
     def action(self):
         scene, d, m = self.scene, self.scene.episode.data, self.scene.sim.model

@@ -149,7 +149,8 @@ class MergedCopy:
 
 
 def save_adapters(directory, adapters, value_head=None):
-    """Write each adapter in peft's format under its name, and the value head beside them: all files or none."""
+    """Write each adapter in peft's format under its name, and the value head beside them. Nothing is replaced
+    before all are written."""
     with replace_files(directory) as part:
         for adapter in adapters:
             save_adapter(part / adapter.name, adapter)

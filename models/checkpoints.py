@@ -1,11 +1,11 @@
 """OpenVLA's checkpoints in the official layout: what config.json may say, which files there are, reading and
 writing them.
 
-config.json                        sizes, action bins, action statistics (norm_stats)
-model-0000k-of-0000n.safetensors   weights, under the official tensor names, with
-model.safetensors.index.json; or model.safetensors dataset_statistics.json            of a fine-tuned
-checkpoint: its action statistics, which override those of config.json tokenizer.json, *.py, ...
-`SIDE_FILES`: read as they are, written as they were
+    config.json                        sizes, action bins, action statistics (norm_stats)
+    model-0000k-of-0000n.safetensors   weights under the official names, with model.safetensors.index.json;
+                                       or model.safetensors alone
+    dataset_statistics.json            of a fine-tuned checkpoint: overrides config.json's statistics
+    tokenizer.json, *.py, ...          `SIDE_FILES`: read as they are, written as they were
 """
 
 import contextlib
@@ -157,6 +157,8 @@ def _own_or_inner(folder, kind):
     is_run = has_config and "total_steps" in read_json(folder / "config.json")
     if inner.is_dir() and (is_run or not has_config):
         return inner
+    if is_run and kind == "reward model":
+        raise UserError(f"the run {folder} holds no reward model: give one that `scripts.rprm train` made")
     if is_run:
         raise UserError(
             f"the run {folder} has no {inner.name}/: it is saved at the end. `python -m models.merge --run {folder} "
@@ -287,12 +289,11 @@ def tensor_table(folder):
     table = {}
     for path in weight_files(folder):
         try:
-            with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                table[name] = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+            with safe_open(path, framework="pt") as file:  # which also finds what is too short for its header
+                for name in file.keys():
+                    part = file.get_slice(name)  # reads nothing yet
+                    table[name] = Entry(path, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path} cannot be read (truncated?): {error!r}; get it again") from error
     return table
 
@@ -443,20 +444,21 @@ def write_safetensors(path, tensors, final):
 
 @contextlib.contextmanager
 def replace_files(directory, stale=()):
-    """Yield an empty directory beside `directory`; afterwards move everything in, config.json last, and drop
+    """Yield an empty directory inside `directory`; afterwards move everything in, config.json or rprm.json last, and drop
     what else fits the stale patterns.
 
     A full disk or a crash while writing gigabytes then leaves the old checkpoint as it was.
     """
     directory = Path(directory)
-    part = directory.with_name(directory.name + ".part")
+    part = directory / ".part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
         files = sorted(
-            (f for f in part.rglob("*") if f.is_file()), key=lambda file: file.name == "config.json"
+            (f for f in part.rglob("*") if f.is_file()),
+            key=lambda file: file.name in ("config.json", "rprm.json"),
         )
         for file in files:
             with open(file, "rb") as handle:

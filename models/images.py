@@ -39,14 +39,13 @@ def _crop_matrix(size, start):
     return (1 - (position[:, :, None] - torch.arange(size)).abs()).clamp_min(0)
 
 
-def resize_frames(frames, image_size, jpeg=True):
+def resize_frames(frames, image_size):
     """frames (B, H, W, 3) uint8 upright -> (B, 3, image_size, image_size) uint8: JPEG round trip, then
     Lanczos-3."""
     frames = np.ascontiguousarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {frames.shape}")
-    if jpeg:
-        frames = np.stack([_jpeg_round_trip(frame) for frame in frames])
+    frames = np.stack([_jpeg_round_trip(frame) for frame in frames])
     batch, height, width, _ = frames.shape
     x = torch.from_numpy(frames).view(batch, height, width * 3).float()
     # rows first: no transposed copy
@@ -106,7 +105,7 @@ def _color_jitter(x, strength, generator):
     return (torch.linalg.inv(to_yiq) @ turn @ to_yiq @ y).clamp(0, 1).view_as(x)
 
 
-def preprocess_images(frames, image_size=224, crop="center", jitter=0.0, jpeg=True, generator=None):
+def preprocess_images(frames, image_size=224):
     """frames (B, H, W, 3) uint8, upright (already rotated by 180 degrees) -> pixel_values (B, 6, S, S)
     float32."""
-    return crop_and_normalize(resize_frames(frames, image_size, jpeg), crop, jitter, generator)
+    return crop_and_normalize(resize_frames(frames, image_size))

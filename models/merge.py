@@ -125,7 +125,9 @@ def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES):
         return (weight.float() + (b @ a) * scale).to(weight.dtype)
 
     config = read_json(folder / "config.json")
-    config = {**config, "norm_stats": read_norm_stats(folder, config)}
+    config["norm_stats"] = read_norm_stats(folder, config)
+    # sft.py's, beside adapters/policy: of the data that the adapter learnt from
+    config["norm_stats"] = read_norm_stats(Path(adapter).parent.parent, config)
     write_checkpoint(out, config, table, merged, read_side_files(folder), max_shard_bytes)
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from models.answer import answer_token_ids, prior_of, score_of
+from models.checkpoints import replace_files
 from support.errors import UserError
-from support.files import atomic_write, read_json
+from support.files import read_json
 
 EDGES = np.linspace(-1.0, 1.0, 256)  # of the policy's bins: `policy.ActionTokenizer`
 # 256 bins, the highest two share one
@@ -68,7 +70,7 @@ class VLM:
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, path).merge_and_unload()
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"no vision-language model at {path}: {error}") from error
         return cls(model, tokenizer, image_processor, processor, info)
 
@@ -182,9 +184,7 @@ class VLM:
 
     def save(self, directory, info):
         """The adapter in peft's format, and rprm.json, which names the stock model, last: only with it the directory counts."""
-        try:
-            self.model.save_pretrained(directory)
-        except OSError as error:
-            raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
         content = {**info, **self.info, "prior": self.prior}
-        atomic_write(Path(directory) / "rprm.json", json.dumps(content, indent=1))
+        with replace_files(directory) as part:
+            self.model.save_pretrained(part)
+            (part / "rprm.json").write_text(json.dumps(content, indent=1))

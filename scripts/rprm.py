@@ -113,6 +113,7 @@ from support.machine import cores
 from support.metrics import auroc, binary_metrics, in_words, without_nan
 from support.pool import run_jobs
 from support.quiet import progress_bar
+from support.training import make_directory
 
 
 def read_trajectories(path, limit=None, success=True, skip=0):
@@ -218,6 +219,7 @@ def write_runs(directory, sim, runs, action_repeat):
 
 
 def run_train(args):
+    make_directory(Path(args.out))
     torch.manual_seed(args.seed)  # of an adapter's first weights
     adapter = args.lora_rank is not None or args.vlm is not None
     dtype = torch.bfloat16 if adapter and args.device == "cuda" else torch.float32  # of frozen weights

@@ -50,12 +50,14 @@ has "$policy/config.json" || {
     $PY sft.py --suite "$SUITE" --data "$WORK/data" ${INIT:+--init "$INIT"} $SFT --out "$made"
   fi
   mkdir -p "$DIRECTORY"
+  rm -rf "$policy.part"
   cp -r "$made" "$policy.part"
   mv "$policy.part" "$policy"
 }
 
 # 3. The policy's own successes and failures, beside the demonstrations what the reward model learns from.
 has "$rprm/rprm.json" || has "$WORK/rollouts" || {
+  rm -rf "$WORK/rollouts.part"
   $PY -m scripts.rprm record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
     --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"

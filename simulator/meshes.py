@@ -7,6 +7,7 @@ come from the original surface.
 
 import contextlib
 import hashlib
+import inspect
 import os
 from importlib.metadata import PackageNotFoundError, version
 
@@ -115,7 +116,7 @@ def versions(*names):
 def _cache_version():
     """Everything that the simplified meshes depend on besides the mesh itself."""
     known = versions("mujoco", "fast-simplification", "numpy", "scipy")
-    return known + f";{MIN_FACES};{DECIMATION_AGGRESSIVENESS};by part"
+    return f"{known};{DECIMATION_AGGRESSIVENESS};{inspect.getsource(decimate)}"
 
 
 def decimate_cached(key, arrays, target):

@@ -204,9 +204,8 @@ class WorkerProcess:
         if not self.outstanding:
             self.deadline, self.idle_checks = time.monotonic() + timeout, 0
         self.outstanding.append(command)
-        with contextlib.suppress(
-            OSError
-        ):  # a dead worker: found, and the command repeated, when the answer is awaited
+        # A dead worker is found, and the command repeated, when the answer is awaited.
+        with contextlib.suppress(OSError):
             self.conn.send(command)
 
     def is_hung(self):

@@ -35,7 +35,8 @@ VISIBLE, HIDDEN = 1, 5  # geom groups: robosuite's visual geometry, and one that
 
 @dataclasses.dataclass
 class Kept:
-    """What stands still in an episode's pictures, and the picture of that (see POSE_GRID). Only saves time: no state."""
+    """What stands still in an episode's pictures, and the picture of that (see POSE_GRID). Only saves time, except that a
+    mirror (see `Renderer.draw`) shows what stands still."""
 
     cells: np.ndarray = None  # (G, 12) of all visual geoms in the last picture
     still: np.ndarray = None  # (G,) for how many pictures they have not changed

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simulator.render import Kept
 from simulator.shared import (
     DONE,
     FRESH,
@@ -58,10 +59,10 @@ class Worker:
         s = self.shared
         for i in envs:
             ended = s.terminated[i] or s.truncated[i]
-            if (
-                ended or s.started[i]
-            ):  # reported by a worker that died before it had done all its environments:
-                self._begin_next(i)  # the report stands, and the episode after it begins once more
+            if ended or s.started[i]:
+                # Reported by a worker that died before it had done all its environments: the report stands, and the
+                # episode after it begins once more.
+                self._begin_next(i)
             elif s.idle[i]:
                 s.stepped_task[i], s.stepped_init[i], s.stepped_length[i] = s.task_id[i], s.init_state[i], 0
                 if s.assignment[i, 0] != NO_TASK:
@@ -74,13 +75,19 @@ class Worker:
 
     def get_state(self, envs):
         """{environment: array of `Episode.get_state`}."""
-        return {i: self.episodes[i].get_state() for i in envs if i in self.episodes}
+        here = [i for i in envs if i in self.episodes]
+        # A stove's mirror shows what stands still, so go on as an environment that is brought back does.
+        for i in here:
+            self.episodes[i].kept = Kept()
+        return {i: self.episodes[i].get_state() for i in here}
 
     def set_state(self, envs, states):
         """Inverse of `get_state`. The main process restores the shared arrays itself."""
         for i in envs:
             if i in states:
-                self._load(i, int(self.shared.task_id[i])).set_state(states[i])
+                episode = self._load(i, int(self.shared.task_id[i]))
+                episode.set_state(states[i])
+                episode.kept = Kept()
             else:
                 self.episodes.pop(i, None)
 
@@ -225,11 +232,8 @@ def worker_main(descriptor):
         os._exit(0)  # the main process is gone
     except UserError as exc:
         last_words = f"error: {exc}"
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
-    ) as exc:  # the next worker would not find it either
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as exc:
+        # The next worker would not find it either.
         last_words = f"error: {exc.strerror}: {exc.filename}" if exc.filename else f"error: {exc}"
     except Exception as exc:
         where = traceback.extract_tb(exc.__traceback__)[-1]

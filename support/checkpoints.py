@@ -83,9 +83,8 @@ def load_checkpoint(out, actor_critic, frozen=None):
             )
             if not changed:
                 actor_critic.load_adapters(path / "adapters")
-        except (
-            Exception
-        ) as exc:  # readers raise nearly every kind for damaged bytes; whichever it is gets printed
+        except Exception as exc:
+            # Readers raise nearly every kind for damaged bytes; whichever it is gets printed.
             reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
             print(f"warning: {path} is damaged ({reason}); trying the one before", file=sys.stderr)
             continue
@@ -131,7 +130,7 @@ def save_debug_bundle(path, error, iteration, buffer, actor_critic, optimizers, 
 
 
 def to_tensors(tree):
-    """numpy arrays -> tensors, so that `weights_only` can read them back (uint32 generator words become int64)."""
+    """numpy arrays -> tensors, so that `weights_only` can read them back."""
     if isinstance(tree, dict):
         return {k: to_tensors(v) for k, v in tree.items()}
     if isinstance(tree, (np.ndarray, np.generic)):

@@ -75,9 +75,8 @@ def demo_files(path, action_repeat=None):
                     f["data"][name]["actions"].shape  # noqa: B018  a KeyError where it is missing
             if not names:
                 raise ValueError("it holds no demonstrations (no data/demo_* groups)")
-        except (
-            Exception
-        ) as exc:  # h5py raises nearly every kind for damaged bytes; whichever it is gets printed
+        except Exception as exc:
+            # h5py raises nearly every kind for damaged bytes; whichever it is gets printed.
             problems.append(f"{file}: {exc}")
             continue
         if action_repeat is not None and action_repeat % repeat:

@@ -42,7 +42,7 @@ class Ranks:
     def __init__(self, rank=0, size=1, local_rank=0, local_size=1, device="cpu"):
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.device = device
-        self._ending = False
+        self._ending, self._thread = False, None  # the thread watches from when the ranks have met
 
     def _meet(self, backend):
         """Find the other ranks through torchrun's store, and start to watch whether they live."""
@@ -273,6 +273,8 @@ class Ranks:
 
     def _explanation(self):
         """The exception that says why a collective failed, if it was because another rank ended; else None."""
+        if self._thread is None:
+            return None
         with contextlib.suppress(RuntimeError):
             lost = self._silent(5 * BEAT)
             if ended := self._ended():
@@ -283,7 +285,7 @@ class Ranks:
 
     def leave(self, reason=None):
         """The end of this rank: None when all is done, else why, empty after a signal."""
-        if self.size == 1:
+        if self._thread is None:  # alone, or the ranks never met
             return
         import torch.distributed as dist
 
@@ -350,9 +352,8 @@ def ends_together(main):
         except BaseException as exc:
             if _ranks is None or _ranks.size == 1:
                 raise
-            if isinstance(
-                exc, (RuntimeError, KeyboardInterrupt)
-            ):  # a collective inside a sharded layer, or torchrun's SIGTERM
+            # A collective inside a sharded layer, or torchrun's SIGTERM.
+            if isinstance(exc, (RuntimeError, KeyboardInterrupt)):
                 exc = _ranks._explanation() or exc
             stopped = isinstance(exc, KeyboardInterrupt) or isinstance(exc, SystemExit) and exc.code == 130
             reason = (

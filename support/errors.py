@@ -52,10 +52,7 @@ def main_guard(main):
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # file names may hold bytes that are no text: show them all the same
+        for stream in (sys.stdout, sys.stderr):  # file names may hold bytes that are no text: show them too
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -87,9 +84,8 @@ def explain_out_of_memory(advice):
     to lower."""
     try:
         yield
-    except (
-        RuntimeError
-    ) as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own.
         on_cpu = "DefaultCPUAllocator" in str(error)
         # cuBLAS etc.
         library = any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))

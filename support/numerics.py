@@ -24,8 +24,7 @@ def check_finite(quantity, tensor, indices=None):
     """Raise NumericsError naming `quantity` unless every element of `tensor` is finite."""
     finite = torch.isfinite(tensor)
     if not finite.all():
-        if (
-            indices is None and tensor.dim() == 2
-        ):  # a (T, N) quantity of the whole rollout: tell which transitions
+        if indices is None and tensor.dim() == 2:
+            # A (T, N) quantity of the whole rollout: tell which transitions.
             indices = (~finite).flatten().nonzero().squeeze(1)
         raise NumericsError(quantity, indices)

@@ -3,6 +3,7 @@
 `multiprocessing.Pool` takes semaphores from /dev/shm, which containers often lack.
 """
 
+import contextlib
 import multiprocessing
 import signal
 from multiprocessing.connection import wait
@@ -38,11 +39,12 @@ def run_jobs(function, jobs, workers):
     try:
         while left:
             while idle and waiting:
-                idle.pop(0).send(waiting.pop())
+                with contextlib.suppress(OSError):  # of a dead worker: found below
+                    idle.pop(0).send(waiting.pop())
             for connection in wait(list(processes)):
                 try:
                     result, problem = connection.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     processes[connection].join()
                     code = processes[connection].exitcode
                     raise UserError(

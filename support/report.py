@@ -87,9 +87,8 @@ def _draw_curve(ax, lines, points):
     x, wins, episodes = np.array(
         [[m["charts/decisions"], m["charts/successes"], m["charts/episodes"]] for m in lines], float
     ).reshape(-1, 3).T  # fmt: skip
-    if (
-        episodes.sum() >= 20
-    ):  # before, a rate would mean little: the first episodes that end are the short ones, successes
+    if episodes.sum() >= 20:
+        # Before, a rate would mean little: the first episodes that end are the short ones, successes.
         window = np.ones(min(15, len(x)))
         played = np.convolve(episodes, window)[: len(x)]
         mean = np.convolve(wins, window)[: len(x)] / np.maximum(played, 1)
@@ -118,12 +117,7 @@ def _save_png(figure, path):
 
 def draw(directory):
     """success.png and report.html of a run that goes on. What cannot be read or written costs a warning, not the run."""
-    directory = Path(directory)
     try:
-        config, lines, results = read_run(directory)
-        plot_curve(
-            lines, directory / "success.png", f"{config.get('suite')}, seed {config.get('seed')}", results
-        )
         write_report(directory)
     except (OSError, UserError) as exc:
         print(f"warning: no success.png or report.html: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
@@ -282,6 +276,7 @@ def before_after_gif(path, start, trained, side=192):
             for pair in zip(*films, strict=True)
         ]
         temporary = Path(path).with_suffix(".tmp.gif")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
         os.replace(temporary, path)
         return True

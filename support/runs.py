@@ -91,9 +91,8 @@ class Run:
         if self.resumed:
             self._restore()
             lines = Metrics.read(self.out, self.first - 1)
-            if (
-                self._best < 0 and lines and lines[0]["iteration"] == 0
-            ):  # evaluated after its checkpoint was written
+            # The start policy is evaluated after its checkpoint was written.
+            if self._best < 0 and lines and lines[0]["iteration"] == 0:
                 self._best, self._best_rate = 0, lines[0]["eval/success_rate"]
         else:
             envs.reset(seed=args.seed)
@@ -285,8 +284,8 @@ class Run:
         out = self.out
         if before is not None:
             rows = {"start": before.to_dict(), "trained": after.to_dict()}
-            report.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
             atomic_write(out / "results.json", json.dumps(rows, indent=1))
+            report.before_after_gif(out / "before_after.gif", out / "videos/start", out / "videos/trained")
             self.ranks.print0(report.before_after_table(rows))
             if self._metrics.lines:  # else somebody emptied the file, and all iterations were done
                 self._metrics.tracker.log(
@@ -313,9 +312,8 @@ class Run:
                 "lower --num-envs or --micro-batch-size, or turn on --gradient-checkpointing"
             ):
                 raise exc
-        if isinstance(exc, OSError) and not isinstance(
-            exc, BrokenPipeError
-        ):  # (that one is `python train.py | head`)
+        is_broken_pipe = isinstance(exc, BrokenPipeError)  # `python train.py | head`
+        if isinstance(exc, OSError) and not is_broken_pipe:
             raise UserError(
                 f"{exc.strerror or exc}: {exc.filename or out}; the newest checkpoint is intact. Once that is mended: {hint}"
             ) from exc
@@ -424,9 +422,8 @@ class Metrics:
         self.tracker.log(metrics, metrics["charts/decisions"])
 
     def close(self):
-        with contextlib.suppress(
-            OSError
-        ):  # on a full disk the last line stays in the buffer, and was reported
+        # On a full disk the last line stays in the buffer, and was reported.
+        with contextlib.suppress(OSError):
             self.file.close()
             self.tracker.close()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_envs import _soup_in_basket
 
 from eval import Args, EpisodeLog, EvalResult, evaluate, main, print_plan, protocol_episodes
 from simulator.shared import FRESH
@@ -139,6 +140,25 @@ def test_same_episodes_whatever_runs_beside_them(model, envs, short, tmp_path):
 
 
 @pytest.mark.libero
+def test_a_success_is_counted_with_its_steps(model, envs, short, tmp_path):
+    """Of two episodes of task 0, the first is put just before its goal."""
+    decisions = []
+
+    def put():
+        decisions.append(None)
+        if len(decisions) == 1:
+            envs.set_state(_soup_in_basket(envs.get_state(), 0))
+
+    options = dict(envs=envs, on_step=put, video=1, video_dir=tmp_path, progress=False)
+    result = evaluate(model, SUITE, [0], 2, **options)
+    first, second = result.to_dict()["episodes"]
+    assert (first["init_state"], first["success"], second["success"], second["steps"]) == (0, True, False, 12)
+    assert 4 < first["steps"] <= 8 and result.success_rate == 0.5
+    assert result.row(0)["mean_steps"] == first["steps"]
+    assert [path.name for path in tmp_path.iterdir()] == ["task00_state00_success.mp4"]
+
+
+@pytest.mark.libero
 def test_interrupted_evaluation_goes_on(model, envs, short, tmp_path):
     whole = evaluate(model, SUITE, [0, 1], 4, envs=envs, progress=False)
     path, settings = tmp_path / "episodes.jsonl", {"suite": SUITE}
@@ -257,6 +277,7 @@ def test_fresh_placements_are_the_same_for_everybody(model, envs, short, tmp_pat
     assert len(films) == 4 and len(again) == 2
     assert all(np.array_equal(films[name], frames) for name, frames in again.items())
     first = [film[0] for film in films.values()]  # no two alike
+    first += list(envs.reset(seed=0)[0]["agentview"].copy())
     stored = evaluate(
         model, SUITE, [1], 2, envs=envs, video_dir=tmp_path / "c", **{**options, "fresh": False}
     )

@@ -195,9 +195,8 @@ def test_batch_equals_single(official, prompts, whole, temperature):
         single = sample([i], *row)
         assert torch.equal(single.tokens[0], together.tokens[i])
         torch.testing.assert_close(single.log_probs[0], together.log_probs[i], **ROUNDING)
-        for alone_, batched in zip(
-            evaluate(single.tokens, *row), evaluated, strict=True
-        ):  # log-probs, entropy
+        # Log-probs, and entropy.
+        for alone_, batched in zip(evaluate(single.tokens, *row), evaluated, strict=True):
             torch.testing.assert_close(alone_[0], batched[i], **ROUNDING)
 
 
@@ -362,7 +361,7 @@ def test_load_save_load_is_exact(official, tmp_path):
         assert torch.equal(a, b), name
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "full", CHECKPOINT)]
     assert configs[0] == configs[1]
-    assert not (tmp_path / "full.part").exists()
+    assert not (tmp_path / "full" / ".part").exists()
 
 
 def test_shards(official, tmp_path):

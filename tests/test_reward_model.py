@@ -195,8 +195,38 @@ def rollout_of(model, image_kind, T=5, N=3):
 
 def save_reward_model(model, path):
     with torch.no_grad():  # spread the scores: random answer rows give 0.5 +- nothing
-        model.language_model.lm_head.weight[rm.RPRM(model, {}).token_ids] *= 50
+        model.language_model.lm_head.weight[rm.RPRM(model, {}).token_ids] *= 5
     rm.RPRM(model, {}).save(path, {})
+
+
+def test_the_loops_score_is_the_trained_one_at_the_prior(tiny, examples):
+    """With an action, and of the state alone: the prompt that training showed, its odds times prior / (1 - prior)."""
+    reward_model = rm.RPRM(copy_of(tiny), {"prior": 0.1})
+    reward_model.model.language_model.lm_head.weight[reward_model.token_ids] *= 5
+    rows = examples.select(torch.arange(6))
+    ids, mask = tiny.tokenize(rows.instructions)
+    for actions, hidden in ((rows.actions, False), (None, True)):
+        with torch.no_grad():
+            p = reward_model.answer_logits(rows, torch.full((6,), hidden)).double().softmax(1)
+        odds = p[:, 0] / p[:, 1] * 0.1 / 0.9
+        score = reward_model.score(ids, mask, actions, patch_embeddings=rows.images.float())
+        assert score.std() > 1e-3
+        torch.testing.assert_close(score.double(), odds / (1 + odds), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(rm.predict(reward_model, rows, hidden), score, atol=1e-5)
+
+
+def test_positives_are_drawn_as_often_as_negatives():
+    """One row in ten is positive; a model that says "0" with 0.9 pays for half of its draws."""
+    parameter, logits, n = torch.nn.Parameter(torch.zeros(())), torch.tensor([[0.1, 0.9]]).log(), 400
+    constant = SimpleNamespace(parameters=[parameter], prior=0.5, ROWS=256)
+    constant.answer_logits = lambda batch, *_: logits.expand(len(batch), 2) + 0 * parameter
+    constant.token_ids = [0, 1]
+    labels = (torch.arange(n) % 10 == 0).float()
+    rows = rm.Examples(["x"] * n, torch.zeros(n, 1), torch.zeros(n, 7).long(), labels, torch.arange(n))
+    settings = dict(epochs=5, batch_size=100, lr=0.0, patience=5, action_dropout=0.0, whole_vocabulary=False)
+    _, history = rm.fit(constant, rows, rows, **settings, seed=0)
+    paid = np.mean([entry["train_loss"] for entry in history[1:]])
+    assert paid == pytest.approx(-0.5 * np.log(0.1 * 0.9), abs=0.1) and constant.prior == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("vision", ["the policy's", "trained by PPO", "another"])
@@ -229,6 +259,7 @@ def test_scores_of_a_rollout(tiny, tmp_path, vision):
 
     scores, following = in_the_loop.score_rollout(rollout, "potential")
     want = np.array([[score(rollout.frames[t, n], n) for n in range(N)] for t in range(T + 1)])
+    assert want.std() > 0.02
     np.testing.assert_allclose(scores, want[:-1], atol=1e-5)
     want[3, 1] = score(rollout.final_observations[2, 1][0], 1)  # follows step 2 of environment 1
     np.testing.assert_allclose(following, want[1:], atol=1e-5)

@@ -153,9 +153,8 @@ def test_success_equals_stock_along_a_demonstration(both):
     episode.reset(0)
     expert = Expert(episode)
     actions, ours = [], []
-    while len(actions) < suites.max_steps(suite) and not any(
-        ours[-5:-4]
-    ):  # and five steps beyond the first success
+    # To five steps beyond the first success.
+    while len(actions) < suites.max_steps(suite) and not any(ours[-5:-4]):
         if len(actions) % 4 == 0:
             command = expert.action()
         actions.append(command)
@@ -182,27 +181,25 @@ def test_light_picture_is_close_to_stock(both):
     assert psnr(episode.render(), picture) >= 30.0, suite
 
 
-@pytest.mark.parametrize("suite", ["libero_object", "libero_goal", "libero_10"])
-def test_exact_picture_equals_stock(suite):
-    task, stock = TaskSim(suite, TASKS[suite], render="exact"), Stock(suite, TASKS[suite])
+def test_exact_picture_equals_stock(both):
+    suite, stock, picture, _ = both
+    task = TaskSim(suite, TASKS[suite], render="exact")
     episode = task.episode()
     episode.reset(0)
     stock.reset(0)
-    np.testing.assert_array_equal(episode.render(), stock.picture())
+    np.testing.assert_array_equal(episode.render(), picture)
     for action in np.random.default_rng(1).uniform(-1, 1, (5, 7)):
         episode.step(action)
         stock.step(action)
     np.testing.assert_array_equal(episode.render(), stock.picture())
-    stock.env.close()
     task.close()
 
 
 def test_sheets_keep_their_own_colours():
     """A cover on a page, 2 mm apart: simplified, the faces of each still have texture coordinates of their own."""
 
-    def sheet(
-        z, shift, low
-    ):  # 24 x 24 squares of 1 m, unindexed like MuJoCo's textured meshes; texture x from `low` on
+    def sheet(z, shift, low):
+        # 24 x 24 squares of 1 m, unindexed like MuJoCo's textured meshes; texture x from `low` on.
         x, y = np.meshgrid(np.arange(25.0) + shift, np.arange(25.0) + shift, indexing="ij")
         grid = np.stack((x, y, np.full_like(x, z) + 0.05 * np.sin(x)), -1) / 25
         a, b, c, d = grid[:-1, :-1], grid[1:, :-1], grid[1:, 1:], grid[:-1, 1:]

@@ -84,6 +84,8 @@ def _command(models, out, *extra):
         "4",
         "--start-episodes",
         "0",
+        "--temperature",  # another one than tiny's default: rollout and update must both take it
+        "1.3",
         "--advantage-floor",  # random models earn next to nothing, and are to move all the same
         "0",
         "--out",
@@ -351,10 +353,6 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(checkpoints.UserError, match="previous one is intact"):
         checkpoints.save_checkpoint(tmp_path, 2, Full(), {"iteration": 2}, keep=2, best=0)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
-    for i in range(2, 7):
-        checkpoints.save_checkpoint(tmp_path, i, Nothing(), {"iteration": i}, keep=2, best=3)
-    # best and last two
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000003", "000005", "000006"]
 
 
 def test_state_survives_weights_only(tmp_path):

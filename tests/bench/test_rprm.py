@@ -107,9 +107,15 @@ def test_what_a_clock_passes_and_what_not():
 def test_drops():
     heights = np.zeros((20, 2))
     heights[5:10, 0], heights[8:17, 1] = 0.1, 0.2
-    assert np.flatnonzero(rprm.drops(heights, success=False)).tolist() == [10, 17]
-    assert np.flatnonzero(rprm.drops(heights, success=True)).tolist() == [10]  # the last is the release
-    assert not rprm.drops(np.zeros((20, 0)), success=False).any()  # no object to carry: a drawer
+    placed = np.zeros((20, 2), bool)
+    assert np.flatnonzero(rprm.drops(heights, placed, success=False)).tolist() == [10, 17]
+    assert np.flatnonzero(rprm.drops(heights, placed, success=True)).tolist() == [
+        10
+    ]  # the last is the release
+    placed[12:, 0] = True  # put down where it belongs, and still for a moment
+    assert np.flatnonzero(rprm.drops(heights, placed, success=False)).tolist() == [17]
+    nothing = np.zeros((20, 0))  # no object to carry: a drawer
+    assert not rprm.drops(nothing, nothing.astype(bool), success=False).any()
 
 
 # ---- in the simulator ------------------------------------------------------------------------------------------------

@@ -19,18 +19,16 @@ pytestmark = pytest.mark.libero
 
 
 def play(suite, task_id, init_state):
-    """Whether the undisturbed expert solves a test state."""
-    task = TaskSim(suite, task_id, render="none")
+    """Whether the undisturbed expert solves a test state, by `demos.py --check`'s own count."""
+    task, commands = TaskSim(suite, task_id, render="none"), []
     episode = task.episode()
-    episode.reset(init_state)
-    expert = Expert(episode)
-    won = False
-    for step in range(max_steps(suite)):
-        if step % 4 == 0:
-            command = expert.action()
-            assert command.shape == (7,) and np.abs(command).max() <= 1.0
-        if won := episode.step(command):
-            break
+    step = episode.step
+    episode.step = lambda command: commands.append(np.array(command)) or step(command)
+    won, steps = demos.check_expert(episode, init_state, 4, max_steps(suite))
+    assert np.abs(commands).max() <= 1.0 and (won or steps == max_steps(suite))
+    if won:
+        assert episode.sim.env.check_success()
+        assert steps > 4 and not demos.check_expert(episode, init_state, 4, 4)[0]
     task.close()
     return won
 

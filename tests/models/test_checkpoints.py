@@ -195,9 +195,8 @@ def test_adapters_know_their_base(tmp_path):
     with pytest.raises(UserError, match="was trained on other weights"):
         onto_itself.load_adapters(tmp_path / "adapters")
     assert all(torch.equal(a, b) for a, b in zip(before, onto_itself.parameters(), strict=True))
-    for path in (tmp_path / "adapters").glob(
-        "*/adapter_model.safetensors"
-    ):  # from before bases were written down
+    # From before bases were written down.
+    for path in (tmp_path / "adapters").glob("*/adapter_model.safetensors"):
         save_file(load_file(path), path)
     onto_itself.load_adapters(tmp_path / "adapters")
 
@@ -319,6 +318,7 @@ def big(tmp_path):
     header = json.dumps(entries).encode()
     with open(tmp_path / "m" / "model.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     del config["vision_configs"]
     config["text_config"] = {"vocab_size": 32064, "pad_token_id": 32000}

@@ -24,11 +24,8 @@ def film(directory, task, success, length, grey):
 
 
 def test_before_after_shows_the_state_that_was_lost_and_is_won(tmp_path):
-    for task, lost, won in (
-        (0, False, False),
-        (1, True, True),
-        (2, False, True),
-    ):  # only task 2 changed sides
+    # Only task 2 changed sides.
+    for task, lost, won in ((0, False, False), (1, True, True), (2, False, True)):
         film(tmp_path / "start", task, lost, 9, 40 + 20 * task)
         film(tmp_path / "trained", task, won, 5, 140 + 20 * task)
     path = tmp_path / "both.gif"

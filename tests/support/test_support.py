@@ -292,11 +292,11 @@ def test_seed_everything():
     import numpy as np
     import torch
 
-    def draw():
-        machine.seed_everything(5)
+    def draw(seed):
+        machine.seed_everything(seed)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    assert draw() == draw()
+    assert draw(5) == draw(5) and not set(draw(5)) & set(draw(6))
 
 
 # System libraries and noise -------------------------------------------------------------------------------------------
