@@ -181,17 +181,20 @@ def test_light_picture_is_close_to_stock(both):
     assert psnr(episode.render(), picture) >= 30.0, suite
 
 
-def test_exact_picture_equals_stock(both):
-    suite, stock, picture, _ = both
-    task = TaskSim(suite, TASKS[suite], render="exact")
+@pytest.mark.parametrize("suite", ["libero_object", "libero_goal", "libero_10"])
+def test_exact_picture_equals_stock(suite):
+    # Its own stock environment: one that was reset before frees its pictures' memory whenever Python gets to it, and
+    # does so in whichever OpenGL context is current then, ours as well.
+    task, stock = TaskSim(suite, TASKS[suite], render="exact"), Stock(suite, TASKS[suite])
     episode = task.episode()
     episode.reset(0)
     stock.reset(0)
-    np.testing.assert_array_equal(episode.render(), picture)
+    np.testing.assert_array_equal(episode.render(), stock.picture())
     for action in np.random.default_rng(1).uniform(-1, 1, (5, 7)):
         episode.step(action)
         stock.step(action)
     np.testing.assert_array_equal(episode.render(), stock.picture())
+    stock.env.close()
     task.close()
 
 
