@@ -350,3 +350,17 @@ for _ in range(3):
     assert result.returncode == 0 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("mujoco: Nan, Inf or huge value")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_fingerprint_sees_a_change_anywhere(tmp_path):
+    """Tensors that learn may lie at the front of a file, behind megabytes that do not change."""
+    from support.files import fingerprint
+
+    data, seen = bytearray(3 * 2**20), set()
+    for changed in (None, 0, len(data) // 2, len(data) - 1):
+        altered = bytearray(data)
+        if changed is not None:
+            altered[changed] = 1
+        (tmp_path / "model.safetensors").write_bytes(altered)
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 4
