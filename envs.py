@@ -57,7 +57,7 @@ class Curriculum:
     so that an unseen task counts as 0.5 (Eq. 4's middle, the favourite of "frontier"), and one lucky episode does not
     settle anything.
     tau: temperature of the sampling; large = uniform, small = only the favourite.
-    deferred: outcomes wait until `commit`. Training commits after each rollout: the probabilities then depend neither on
+    deferred: outcomes count at `commit` alone. Training commits after each rollout: the probabilities then depend neither on
         which environment ended an episode first nor on how the environments are spread over processes.
     """
 

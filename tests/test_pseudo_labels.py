@@ -102,7 +102,7 @@ def test_disturbed_demonstrations_use_the_commanded_speed():
     ee_pos = np.cumsum(0.05 * (actions[:, :3] + rng.choice([-0.5, 0.5], (40, 3))), axis=0)
     measured = reward_model.label_trajectory(actions, ee_pos, None, 4)
     commanded = reward_model.label_trajectory(actions, ee_pos, None, 4, disturbed=True)
-    assert measured.keyframes == [39]
+    assert measured.problems == ["gripper_from_command"] and measured.keyframes == [39]
     assert commanded.keyframes == [18, 19, 39] and commanded.speed.max() == pytest.approx(0.2)
 
 
