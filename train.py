@@ -33,15 +33,19 @@ DEFAULTS = {
         temperature=1.5, epochs=1, minibatch_size=128, micro_batch_size=8, lora_targets="all", eval_temperature=0.0,
     ),
 }  # fmt: skip
-LONG_SUITES = ("libero_10", "libero_90")  # many of their tasks are two in a row
+# libero_10 and libero_90, many of whose tasks are two in a row: longer episodes, and a cooler openvla-tiny (docs/results.md).
+LONG_SUITES = {
+    "tiny": dict(max_episode_steps=320, temperature=0.6, eval_temperature=0.6),
+    "7B": dict(max_episode_steps=300),
+}
 
 
 def by_size(name, help, **metadata):
     """A flag whose default depends on the model's size."""
-    shown = [
-        f"{size} {d[name]:,}" if isinstance(d[name], int) else f"{size} {d[name]}"
-        for size, d in DEFAULTS.items()
-    ]
+    shown = []
+    for size, d in DEFAULTS.items():
+        long = f" ({LONG_SUITES[size][name]} on libero_10, libero_90)" if name in LONG_SUITES[size] else ""
+        shown.append(f"{size} {d[name]:,}{long}" if isinstance(d[name], int) else f"{size} {d[name]}{long}")
     return flag(None, help, default="; ".join(shown), **metadata)
 
 
@@ -79,7 +83,7 @@ class Args:
     )
     max_episode_steps: Optional[int] = by_size(
         "max_episode_steps",
-        "control steps at which a training episode is truncated; twice the default on libero_10 and libero_90",
+        "control steps at which a training episode is truncated",
         min=1,
     )
     num_workers: Optional[int] = flag(None, "simulator processes of a rank", default="one per core", min=1)
@@ -414,9 +418,10 @@ def fill_defaults(args, ranks=ALONE):
     flags = DEFAULTS["7B"] | given
     flags |= dict(num_envs=max(1, flags["num_envs"] // ranks.size), shards=ranks.size if args.shard else 1)
     args.model, size, reason = choose_model(args.model, args.suite, flags)
-    if args.max_episode_steps is None and args.suite.startswith(LONG_SUITES):
-        args.max_episode_steps = 2 * DEFAULTS[size]["max_episode_steps"]
-    for name, value in DEFAULTS[size].items():
+    defaults = DEFAULTS[size] | (
+        LONG_SUITES[size] if args.suite.startswith(("libero_10", "libero_90")) else {}
+    )
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.reward_model == "auto":

@@ -386,13 +386,14 @@ def test_each_suite_with_a_shipped_policy_starts_at_once(suite, tmp_path):
     assert suite in json.loads((tmp_path / "run" / "policy" / "config.json").read_text())["norm_stats"]
 
 
-def test_long_suites_have_twice_the_time_and_a_given_cut_stays():
-    for suite, given, steps in (
-        ("libero_10", None, 320),
-        ("libero_goal", None, 160),
-        ("libero_10", 100, 100),
+def test_long_suites_have_twice_the_time_and_a_cooler_policy_and_a_given_value_stays():
+    for suite, given, steps, temperature in (
+        ("libero_10", {}, 320, 0.6),
+        ("libero_90", {}, 320, 0.6),
+        ("libero_goal", {}, 160, 1.0),
+        ("libero_10", dict(max_episode_steps=100, temperature=1.5, eval_temperature=0.0), 100, 1.5),
     ):
-        args = train.Args(
-            suite=suite, model=str(ROOT / "checkpoints/libero_goal/policy"), max_episode_steps=given
-        )
-        assert train.fill_defaults(args)[0].max_episode_steps == steps
+        model = str(ROOT / "checkpoints/libero_goal/policy")
+        args = train.fill_defaults(train.Args(suite=suite, model=model, **given))[0]
+        assert (args.max_episode_steps, args.temperature) == (steps, temperature)
+        assert args.eval_temperature == given.get("eval_temperature", temperature)
