@@ -181,7 +181,7 @@ _POLICY = {}  # per process: the policy that acts in recordings
 
 
 def _policy_of(args, sentence, rng):
-    """What `record_episode` takes as its policy, sampling at temperature 1; None without --policy."""
+    """What `record_episode` takes as its policy, sampling at its checkpoint's temperature; None without --policy."""
     if args.policy is None:
         return None
     import torch
@@ -195,7 +195,7 @@ def _policy_of(args, sentence, rng):
     model, generator = _POLICY["model"], torch.Generator().manual_seed(int(rng.integers(2**32)))
     key = model.unnorm_key_for(args.suite)
     return lambda frame: np.clip(
-        act(model, key, 1.0, False, frame[None], [sentence], [generator])[0], -1.0, 1.0
+        act(model, key, model.sampling_temperature, False, frame[None], [sentence], [generator])[0], -1.0, 1.0
     )
 
 

@@ -34,7 +34,8 @@ class Args:
     unnorm_key: str | None = flag(None, "which action statistics of the checkpoint to use",
                                   default="those of the suite, else of the suite that it is a variant of")
     num_envs: int = flag(8, "episodes that run at the same time", min=1)
-    temperature: float = flag(0.0, "of sampling; 0 picks the likeliest action token", min=0)
+    temperature: float | None = flag(None, "of sampling; 0 picks the likeliest action token", min=0,
+                                     default="as the checkpoint says, 0.6 for openvla-tiny; 0 where it says nothing, as OpenVLA-7B")
     whole_vocabulary: bool = flag(False, "choose among all tokens, as officially, not only the 256 action tokens")
     seed: int = flag(0, "of sampling at a temperature above 0", min=0, max=2**32 - 1)
     render: str | None = flag(None, "simplified meshes (fast) or LIBERO's own", choices=("light", "exact"),
@@ -93,7 +94,7 @@ def protocol_episodes(suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, f
     return episodes
 
 
-def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=0.0, whole_vocabulary=False,
+def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=None, whole_vocabulary=False,
              seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None, video=0, video_dir=None,
              progress=True, ranks=None, unnorm_key=None, fresh=False):  # fmt: skip
     """Play the `protocol_episodes`. Returns EvalResult.
@@ -103,8 +104,10 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first so many
     initial states. ranks: each plays its share, in num_envs / size environments of its own, and returns everybody's episodes.
     unnorm_key: of the action statistics (default: by the suite). fresh: random placements in place of the initial states.
+    temperature: of sampling (default: the checkpoint's own).
     """
     ranks = ranks or distributed.ALONE
+    temperature = model.sampling_temperature if temperature is None else temperature
     wanted = set(protocol_episodes(suite, task_ids, episodes_per_task, fresh))
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
     missing = wanted - {(e["task_id"], e["init_state"]) for e in kept}
@@ -165,7 +168,7 @@ def act(model, unnorm_key, temperature, whole_vocabulary, frames, sentences, gen
     input_ids, attention_mask = model.tokenize(sentences)  # (B, L)
     out = model.generate_actions(
         input_ids, model.preprocess(frames), attention_mask, temperature=temperature, whole_vocabulary=whole_vocabulary,
-        generator=generators if temperature > 0 else None,
+        generator=generators,
     )  # fmt: skip
     return model.decode_actions(out.tokens, unnorm_key)
 
@@ -240,6 +243,8 @@ def main(args):
     check_memory(Needs(folder, dtype, num_envs=max(1, args.num_envs // ranks.size)), device)
     model = OpenVLA.from_pretrained(folder, dtype=dtype, device=device).eval()
     unnorm_key = model.unnorm_key_for(args.suite, args.unnorm_key)
+    if args.temperature is None:
+        args.temperature = model.sampling_temperature
 
     out = Path(args.out or f"runs/eval-{safe_name(args.checkpoint)}-{args.suite}")
     # What an episode depends on: those of other settings are not comparable.
@@ -254,7 +259,8 @@ def main(args):
     settings |= {"fresh": True} if args.fresh else {}
     log = EpisodeLog.of_rank(out, settings, ranks)
     if ranks.is_main_process:
-        print_plan(args, f"actions of {unnorm_key}, {device} {settings['dtype']}", out)
+        how = f"actions of {unnorm_key}, temperature {args.temperature:g}, {device} {settings['dtype']}"
+        print_plan(args, how, out)
     began = time.time()
     try:
         result = evaluate(

@@ -124,7 +124,8 @@ class Evaluation(NamedTuple):
 
 class OpenVLA(nn.Module):
     """OpenVLA of any size. `config` is the dict of config.json: the official fields, and for openvla-tiny also
-    `vision_configs` (tower sizes), `action_repeat` (control steps per decision; 1 if absent), `suffix_token_id`.
+    `vision_configs` (tower sizes), `action_repeat` (control steps per decision; 1 if absent), `suffix_token_id`,
+    `sampling_temperature` (at which it acts; 0 if absent: greedily, as official checkpoints are evaluated).
 
     Methods that read images take them as keyword `images`: pixel_values (B, 6, S, S), or patch_embeddings (B, P, d),
     which `embed_images` made of them.
@@ -172,6 +173,10 @@ class OpenVLA(nn.Module):
     @property
     def dtype(self):
         return self.language_model.lm_head.weight.dtype
+
+    @property
+    def sampling_temperature(self):
+        return self.config.get("sampling_temperature", 0.0)
 
     # ---- text and images in ----------------------------------------------------------------------------------------
 

@@ -386,7 +386,7 @@ def success_rate(args, model, ranks):
     """Success in closed loop on the first protocol states of every task, mean over the suites.
 
     These are states that eval.py plays, so that the numbers compare. That is fair as long as nothing is chosen by it: what
-    is saved is always the last average. Temperature 1: as reinforcement learning will sample.
+    is saved is always the last average. Sampled as reinforcement learning will, at the checkpoint's temperature.
     """
     rates = []
     for suite in args.suite.split(","):
@@ -394,7 +394,7 @@ def success_rate(args, model, ranks):
         per_task = min(NUM_INIT_STATES, args.eval_episodes // len(task_ids))
         rates.append(
             evaluate(
-                model, suite, task_ids, per_task, 16, temperature=1.0, render=default_render(),
+                model, suite, task_ids, per_task, 16, render=default_render(),
                 progress=ranks.is_main_process, ranks=ranks,
             ).success_rate
         )  # fmt: skip

@@ -26,7 +26,7 @@ from support.cli import flag, parse_args
 DEFAULTS = {
     "tiny": dict(
         total_steps=40_960, num_envs=16, num_steps=32, max_episode_steps=160, lr=1e-3, critic_lr=1e-3, lr_schedule="linear",
-        temperature=1.0, epochs=3, minibatch_size=128, micro_batch_size=128, lora_targets="language", eval_temperature=1.0,
+        temperature=0.6, epochs=3, minibatch_size=128, micro_batch_size=128, lora_targets="language", eval_temperature=0.6,
     ),
     "7B": dict(
         total_steps=1_280_000, num_envs=10, num_steps=128, max_episode_steps=150, lr=2e-5, critic_lr=5e-5, lr_schedule="constant",
@@ -34,10 +34,7 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 LONG_SUITES = ("libero_10", "libero_90")  # many of their tasks are two in a row
-LONG_DEFAULTS = {  # there: longer episodes; a cooler openvla-tiny, which succeeds twice as often (docs/results.md)
-    "tiny": dict(max_episode_steps=320, temperature=0.6, eval_temperature=0.6),
-    "7B": dict(max_episode_steps=300),
-}
+LONG_DEFAULTS = {"tiny": dict(max_episode_steps=320), "7B": dict(max_episode_steps=300)}  # there
 
 
 def by_size(name, help, **metadata):
@@ -398,6 +395,8 @@ def load_policy(args, ranks):
     check_memory(Needs.of_flags(folder, dtype, vars(args), **here), ranks.device)
     policy = OpenVLA.from_pretrained(folder, dtype=dtype, device="cpu" if args.shard else ranks.device)
     policy.gradient_checkpointing = args.gradient_checkpointing
+    if policy.sampling_temperature != args.eval_temperature:  # saved: evaluate the trained policy as here
+        policy.config["sampling_temperature"] = args.eval_temperature
     return policy
 
 

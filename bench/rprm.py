@@ -48,7 +48,12 @@ class Args:
     policy: str | None = flag(None, "policy that acts, or several: A,B,C", default="checkpoints/SUITE/policy")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(5, "episodes per task and policy, from random placements", min=1)
-    temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
+    temperature: float | None = flag(
+        None,
+        "sampling temperature of the policy; higher gives more failures",
+        default="the checkpoint's",
+        min=0.0,
+    )
     weight: float = flag(0.1, "--prm-weight of the RL run to check", min=0.0)
     gamma: float = flag(0.99, "discount per decision", min=0.0, max=1.0)
     device: str = flag("cpu", "where the models run", choices=("cpu", "cuda"))
@@ -387,13 +392,14 @@ def measure(args):
     rprm = args.rprm or f"checkpoints/{args.suite}/rprm"
     reward_model = read_reward_model(rprm, device=args.device)
     names = (args.policy or f"checkpoints/{args.suite}/policy").split(",")
-    runs, limits, policies, hovers, repeats = [], [], [], [], set()
+    runs, limits, policies, hovers, repeats, temperatures = [], [], [], [], set(), {}
     for name in names:
         model = OpenVLA.from_pretrained(name, device=args.device)
         repeats.add(model.action_repeat)
         if len(repeats) > 1:
             raise UserError(f"--policy {args.policy}: policies of different action_repeat share no tables")
-        decide = deciding(model, args.suite, args.temperature, args.seed)
+        temperatures[name] = model.sampling_temperature if args.temperature is None else args.temperature
+        decide = deciding(model, args.suite, temperatures[name], args.seed)
         played = runs_by_task(
             args.suite, task_ids, args.episodes_per_task, model.action_repeat, args.seed, decide
         )
@@ -410,7 +416,7 @@ def measure(args):
         "suite": args.suite,
         "task_ids": task_ids,
         "rprm": rprm,
-        "temperature": args.temperature,
+        "temperatures": temperatures,
         "seed": args.seed,
     }
     results |= report(runs, limits, hovers, args.weight, args.gamma, CONTROL_HZ / model.action_repeat)

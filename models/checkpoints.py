@@ -123,6 +123,9 @@ def check_config(config):
     whole(text, "max_position_embeddings", 1, 2**20), whole(text, "pad_token_id", 0, vocabulary - 1)
     whole(config, "n_action_bins", 2, vocabulary - whole(config, "pad_to_multiple_of", 0, vocabulary))
     whole(config, "suffix_token_id", 0, vocabulary - 1, 29871), whole(config, "action_repeat", 1, 1000, 1)
+    temperature = config.get("sampling_temperature", 0.0)
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        raise UserError(f"config.json: sampling_temperature is {temperature!r}, not a number from 0")
     for name in ("rms_norm_eps", "rope_theta"):
         if not isinstance(text[name], (int, float)) or not 0 < text[name] < math.inf:
             raise UserError(f"config.json: {name} is {text[name]!r}, not a positive number")

@@ -55,6 +55,7 @@ def tiny_config(
     heads=4,
     mlp=256,
     action_repeat=4,
+    sampling_temperature=0.6,
     max_positions=256,
 ):
     """config.json of openvla-tiny for a `tiny_tokenizer`: the official fields with small numbers. A tower's
@@ -105,6 +106,7 @@ def tiny_config(
         "success_token_id": tokenizer.token_to_id("1"),
         "no_success_token_id": tokenizer.token_to_id("0"),
         "action_repeat": action_repeat,
+        "sampling_temperature": sampling_temperature,
     }
 
 

@@ -14,10 +14,6 @@ SEEDS=${SEEDS:-0 1 2}
 MODES=${MODES:-potential none} # of the reward: with and without RPRM, Table 2's first row at the tiny size
 export PY=${PY:-.venv/bin/python}
 policy=$OUT/policy rprm=$OUT/rprm
-case $SUITE in # TEMPERATURE: what train.py samples at
-libero_10 | libero_90) TEMPERATURE=0.6 ;;
-*) TEMPERATURE=1.0 ;;
-esac
 
 has() { [ -e "$1" ] && echo "have $1"; }
 mkdir -p "$OUT"
@@ -26,13 +22,12 @@ mkdir -p "$OUT"
 has "$OUT/expert.txt" || { $PY demos.py --suite "$SUITE" --check | tee "$OUT/expert.tmp" && mv "$OUT/expert.tmp" "$OUT/expert.txt"; }
 scripts/start.sh "$SUITE" "$OUT" "$OUT"
 has "$OUT/rprm-checks.json" ||
-  $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" --temperature "$TEMPERATURE" \
+  $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" \
     --episodes-per-task 20 --seed 2 --out "$OUT/rprm-checks.json"
 
 # The start policy, as it samples and as it acts greedily. eval.py goes on by itself where it stopped.
-for temperature in "$TEMPERATURE" 0.0; do
-  $PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature "$temperature" --out "$OUT/eval-start-$temperature"
-done
+$PY eval.py --suite "$SUITE" --checkpoint "$policy" --out "$OUT/eval-start"
+$PY eval.py --suite "$SUITE" --checkpoint "$policy" --temperature 0 --out "$OUT/eval-start-greedy"
 
 # Reinforcement learning: each run evaluates start and trained policy on 500 test episodes.
 runs=()

@@ -38,7 +38,12 @@ class RecordArgs:
     out: Path = flag(Path("data/rollouts"), "directory; files go to OUT/success and OUT/failure, one a task")
     task_ids: list[int] | None = flag(None, "tasks, such as 0,1", min=0, default="all of the suite")
     episodes_per_task: int = flag(100, "episodes per task, from random placements", min=1)
-    temperature: float = flag(1.0, "sampling temperature of the policy; higher gives more failures", min=0.0)
+    temperature: float | None = flag(
+        None,
+        "sampling temperature of the policy; higher gives more failures",
+        default="the checkpoint's",
+        min=0.0,
+    )
     num_workers: int = flag(0, "processes, a task at a time each; 0 = one per core, one on a GPU", min=0)
     device: str = flag("cpu", "where the model runs", choices=("cpu", "cuda"))
     seed: int = flag(1, "seed of placements and sampling; take another one to measure", min=0, max=2**32 - 1)
@@ -169,6 +174,7 @@ def run_label(args):
 def deciding(model, suite, temperature, seed):
     """The policy of an OpenVLA for `simulator.recording`: (frames, instruction) -> action tokens and actions (n, 7)."""
     generator, unnorm_key = torch.Generator().manual_seed(seed), model.unnorm_key_for(suite)
+    temperature = model.sampling_temperature if temperature is None else temperature
 
     def decide(frames, instruction):
         input_ids, attention_mask = model.tokenize([instruction] * len(frames))

@@ -13,10 +13,6 @@ DIRECTORY=${2:-checkpoints/$SUITE}
 WORK=${3:-runs/start/$SUITE}
 PY=${PY:-.venv/bin/python}
 policy=$DIRECTORY/policy rprm=$DIRECTORY/rprm
-case $SUITE in # TEMPERATURE: what train.py samples at
-libero_10 | libero_90) TEMPERATURE=0.6 ;;
-*) TEMPERATURE=1.0 ;;
-esac
 
 # Demonstrations per task; how they are disturbed (some tasks of libero_goal and libero_10 do not survive demos.py's default);
 # and the policy that imitation starts from, which already knows how to look and to move.
@@ -63,7 +59,7 @@ has "$policy/config.json" || {
 has "$rprm/rprm.json" || has "$WORK/rollouts" || {
   rm -rf "$WORK/rollouts.part"
   $PY -m scripts.rprm record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
-    --episodes-per-task "$ROLLOUTS" --temperature "$TEMPERATURE" --seed 1
+    --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"
 }
 

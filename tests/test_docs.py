@@ -385,6 +385,7 @@ def test_sizes_of_openvla_tiny():
     ((_, towers, *_),) = table_rows("towers, width x blocks")
     ((_, llama, *_),) = table_rows("Llama, width x layers")
     ((_, repeat, *_),) = table_rows("`action_repeat`")
+    ((_, temperature, *_),) = table_rows("`sampling_temperature`")
     with torch.device("meta"):
         count = sum(p.numel() for p in policy.OpenVLA(config).parameters()) / 1e6
     assert abs(float(parameters.removesuffix(" M")) - count) < 0.1, (
@@ -395,6 +396,7 @@ def test_sizes_of_openvla_tiny():
     assert towers == " and ".join(f"{t['hidden_size']} x {t['num_hidden_layers']}" for t in (first, second))
     assert llama == f"{text['hidden_size']} x {text['num_hidden_layers']}"
     assert repeat == str(config["action_repeat"])
+    assert temperature == str(config["sampling_temperature"])
     (rounded,) = re.findall(r"`openvla-tiny` \(([\d.]+) M parameters", readme())
     assert rounded == parameters.removesuffix(" M")
 

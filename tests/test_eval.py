@@ -137,6 +137,13 @@ def test_same_episodes_whatever_runs_beside_them(model, envs, short, tmp_path):
     different = evaluate(model, SUITE, [1], 1, envs=envs, video_dir=tmp_path / "c", **{**options, "seed": 8})
     assert different.row(1)["episodes"] == 1
     assert not np.array_equal(_frames(tmp_path / "c")["task01_state00_failure.mp4"], first)
+    # Not told otherwise, it samples at the temperature that stands in the checkpoint.
+    del options["temperature"]
+    for name, given in (("d", {}), ("e", {"temperature": model.sampling_temperature})):
+        evaluate(model, SUITE, [1], 1, envs=envs, video_dir=tmp_path / name, **options, **given)
+    default, same = (_frames(tmp_path / name)["task01_state00_failure.mp4"] for name in "de")
+    assert model.sampling_temperature == 0.6 and np.array_equal(default, same)
+    assert not np.array_equal(default, first)
 
 
 @pytest.mark.libero
@@ -386,6 +393,7 @@ def test_ctrl_c_and_the_same_command_again(model, tmp_path):
     assert process.returncode == 0 and "  task 0: pick up the alphabet soup and place" in err, err
     assert log.read_text().splitlines()[: len(before)] == before and len(log.read_text().splitlines()) == 4
     result = json.loads(out)
+    assert result["settings"]["temperature"] == 0.6  # the checkpoint's
     assert (
         result["total"]["episodes"] == 3
         and json.loads((tmp_path / "out" / "results.json").read_text()) == result
@@ -393,4 +401,4 @@ def test_ctrl_c_and_the_same_command_again(model, tmp_path):
     assert "| 0 | pick up the alphabet soup" in (tmp_path / "out" / "results.md").read_text()
     process = _command(*flags, "--temperature", 1)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "temperature = 0.0, this command has 1.0" in err
+    assert process.returncode == 1 and "temperature = 0.6, this command has 1.0" in err

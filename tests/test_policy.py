@@ -121,6 +121,7 @@ def test_official_sizes():
         model = OpenVLA(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert model.num_patches == 256 and model.image_size == 224 and model.action_repeat == 1
+    assert model.sampling_temperature == 0  # official policies are evaluated greedily
     assert shapes["projector.fc1.weight"] == (4 * 2176, 2176)
     assert shapes["vision_backbone.fused_featurizer.blocks.25.mlp.fc1.weight"] == (4304, 1152)
     assert "vision_backbone.featurizer.blocks.23.norm1.weight" not in shapes  # the last block is not built
@@ -454,6 +455,7 @@ def test_tiny_round_trip(small, tmp_path):
     small.save_pretrained(tmp_path / "m")
     again = OpenVLA.from_pretrained(str(tmp_path / "m"))
     assert again.action_repeat == 4 and again.side_files == small.side_files
+    assert again.sampling_temperature == 0.6
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
     assert torch.equal(again.tokenize(INSTRUCTIONS)[0], small.tokenize(INSTRUCTIONS)[0])
     ids, mask = again.tokenize(["Open the top drawer"])
@@ -498,11 +500,20 @@ def test_padding_that_a_tokenizer_file_asks_for_is_not_ours():
         assert torch.equal(mine, theirs)
 
 
+def set_temperature(folder, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sampling_temperature": value}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "JSON"),
+        (lambda d: set_temperature(d, -0.5), "sampling_temperature is .* not a number from 0"),
+        (lambda d: set_temperature(d, "hot"), "sampling_temperature is .* not a number from 0"),
+        (lambda d: set_temperature(d, math.inf), "sampling_temperature is .* not a number from 0"),
+        (lambda d: set_temperature(d, True), "sampling_temperature is .* not a number from 0"),
         (lambda d: (d / "config.json").write_text("{}"), "not an OpenVLA configuration|vision tower"),
         (lambda d: (d / "config.json").write_text('{"timm_model_ids": ["vit_x", "vit_y"]}'), "vit_x"),
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
