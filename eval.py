@@ -107,7 +107,7 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     temperature: of sampling (default: the checkpoint's own).
     """
     ranks = ranks or distributed.ALONE
-    temperature = model.sampling_temperature if temperature is None else temperature
+    temperature = model.temperature_or_own(temperature)
     wanted = set(protocol_episodes(suite, task_ids, episodes_per_task, fresh))
     kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
     missing = wanted - {(e["task_id"], e["init_state"]) for e in kept}
@@ -243,8 +243,7 @@ def main(args):
     check_memory(Needs(folder, dtype, num_envs=max(1, args.num_envs // ranks.size)), device)
     model = OpenVLA.from_pretrained(folder, dtype=dtype, device=device).eval()
     unnorm_key = model.unnorm_key_for(args.suite, args.unnorm_key)
-    if args.temperature is None:
-        args.temperature = model.sampling_temperature
+    args.temperature = model.temperature_or_own(args.temperature)
 
     out = Path(args.out or f"runs/eval-{safe_name(args.checkpoint)}-{args.suite}")
     # What an episode depends on: those of other settings are not comparable.

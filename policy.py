@@ -176,7 +176,12 @@ class OpenVLA(nn.Module):
 
     @property
     def sampling_temperature(self):
+        """The temperature (0 or more; 0 is greedy) that this policy is meant to act at."""
         return self.config.get("sampling_temperature", 0.0)
+
+    def temperature_or_own(self, given):
+        """`given`, or where that is None `sampling_temperature`."""
+        return self.sampling_temperature if given is None else given
 
     # ---- text and images in ----------------------------------------------------------------------------------------
 

@@ -398,8 +398,8 @@ def measure(args):
         repeats.add(model.action_repeat)
         if len(repeats) > 1:
             raise UserError(f"--policy {args.policy}: policies of different action_repeat share no tables")
-        temperatures[name] = model.sampling_temperature if args.temperature is None else args.temperature
-        decide = deciding(model, args.suite, temperatures[name], args.seed)
+        temperatures[name] = model.temperature_or_own(args.temperature)
+        decide = deciding(model, args.suite, args.temperature, args.seed)
         played = runs_by_task(
             args.suite, task_ids, args.episodes_per_task, model.action_repeat, args.seed, decide
         )

@@ -172,9 +172,10 @@ def run_label(args):
 
 
 def deciding(model, suite, temperature, seed):
-    """The policy of an OpenVLA for `simulator.recording`: (frames, instruction) -> action tokens and actions (n, 7)."""
+    """The policy of an OpenVLA for `simulator.recording`: (frames, instruction) -> action tokens and actions (n, 7).
+    temperature: None is the checkpoint's."""
     generator, unnorm_key = torch.Generator().manual_seed(seed), model.unnorm_key_for(suite)
-    temperature = model.sampling_temperature if temperature is None else temperature
+    temperature = model.temperature_or_own(temperature)
 
     def decide(frames, instruction):
         input_ids, attention_mask = model.tokenize([instruction] * len(frames))

@@ -10,7 +10,7 @@ from rprm_toys import STATS, copy_of, make_qwen
 import reward_model as rm
 from bench import rprm
 from policy import build_tiny, policy_convention
-from scripts.rprm import label, read_trajectories, write_runs
+from scripts.rprm import deciding, label, read_trajectories, write_runs
 from simulator.recording import play
 from simulator.task import TaskSim
 from support.labels import POSITIVE, LabelRule
@@ -275,6 +275,17 @@ def test_progress_of_every_kind_of_goal(suite, task_id, kinds):
     sim.close()
 
 
+def test_a_policy_acts_at_its_checkpoints_temperature_unless_told_otherwise():
+    model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
+    model.norm_stats["libero_object"] = {"action": STATS["toy"]["action"]}
+    frames = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
+    own, same, greedy = (
+        deciding(model, "libero_object", temperature, 0)(frames, "pick up the milk")[0]
+        for temperature in (None, 0.6, 0.0)
+    )
+    assert np.array_equal(own, same) and not np.array_equal(own, greedy)
+
+
 @pytest.mark.libero
 @pytest.mark.slow
 def test_a_vlm_is_measured_too(tmp_path):
@@ -288,6 +299,7 @@ def test_a_vlm_is_measured_too(tmp_path):
     args = rprm.Args(rprm=str(qwen), policy=policies, task_ids=[0], episodes_per_task=1)
     results = json.loads(json.dumps(rprm.measure(args), allow_nan=False))
     assert results["episodes"] == 2 and len(results["policies"]) == 2
+    assert results["temperatures"] == dict.fromkeys(policies.split(","), 0.6)
     clock = results["follows_the_task"]["clock"]
     assert 0 < clock["error"] < 1 and set(results["kendall_tau"]) == set(results["follows_the_task"])
     assert set(results["loitering"]) == set(rm.MODES)
