@@ -22,7 +22,8 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
     """
     root = out / "checkpoints"
     final, temporary = root / f"{iteration:06d}", root / f"{iteration:06d}.tmp"
-    try:
+
+    def write():
         root.mkdir(parents=True, exist_ok=True)
         for left_over in root.glob("*.tmp"):
             shutil.rmtree(left_over)
@@ -34,19 +35,28 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_directory(root)
-    except (OSError, RuntimeError, UserError) as exc:  # torch.save reports a full disk as RuntimeError
+        saved = sorted(p for p in root.iterdir() if p.name.isdigit())
+        older = [p for p in saved if int(p.name) <= iteration]
+        newer = saved[len(older) :]  # damaged ones, which the run fell back from: their future did not happen
+        for old in older[:-keep] + newer:
+            if int(old.name) != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+    failures = (OSError, RuntimeError, UserError)  # torch.save reports a full disk as RuntimeError
+    try:
+        try:
+            write()
+        except failures:
+            if root.exists():
+                raise
+            write()  # somebody deleted or moved the run's directory meanwhile: once more, as TrainingRun does
+    except failures as exc:
         shutil.rmtree(temporary, ignore_errors=True)
         why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
         raise UserError(
             f"cannot write the checkpoint {final}: {why}; the previous one is intact. Free some "
             f"space, then: python train.py --resume {out}"
         ) from exc
-    saved = sorted(p for p in root.iterdir() if p.name.isdigit())
-    older = [p for p in saved if int(p.name) <= iteration]
-    newer = saved[len(older) :]  # damaged ones, which the run fell back from: their future did not happen
-    for old in older[:-keep] + newer:
-        if int(old.name) != best:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def checksums(directory, sync=False):

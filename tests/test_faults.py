@@ -219,18 +219,42 @@ def test_full_disk_ends_a_real_run_in_one_line(models, small_disk):  # noqa: F81
     assert all(json.loads(line)["iteration"] == i for i, line in enumerate(lines[: newest(out)], 1))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_directory_deleted_while_a_checkpoint_is_written_is_written_again(tmp_path, late):
+    """Deleted once, before or after the adapters are in it; deleted every time: one line."""
+    actor_critic, out = (
+        ActorCritic(build_tiny(0, words=["soup"], **SMALL), targets="language"),
+        tmp_path / "run",
+    )
+    save, deletions = actor_critic.save_adapters, [1]
+
+    def save_and_delete(path):
+        if late:
+            save(path)
+        if deletions:
+            deletions.pop()
+            shutil.rmtree(out)
+        if not late:
+            save(path)
+
+    actor_critic.save_adapters = save_and_delete
+    checkpoints.save_checkpoint(out, 7, actor_critic, {"iteration": 7}, keep=2, best=-1)
+    assert newest(out) == 7 and not list((out / "checkpoints").glob("*.tmp"))
+    assert checkpoints.load_checkpoint(out, actor_critic)["iteration"] == 7
+    deletions += [1, 1]
+    if late:  # before: save_adapters makes its directory again
+        with pytest.raises(errors.UserError, match="cannot write the checkpoint") as error:
+            checkpoints.save_checkpoint(out, 8, actor_critic, {"iteration": 8}, keep=2, best=-1)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.libero
 @pytest.mark.slow
 def test_a_deleted_run_directory_is_written_again(models, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     run = _start(_command(models, out, "--total-steps", "6000"))
     _wait_for_iteration(out, 1, run)
-    while True:  # not in the middle of a write: that ends in one line
-        run.send_signal(signal.SIGSTOP)
-        if not list((out / "checkpoints").glob("*.tmp")):
-            break
-        run.send_signal(signal.SIGCONT)
-        time.sleep(0.2)
+    run.send_signal(signal.SIGSTOP)  # wherever it is, in the middle of a write too
     done = newest(out)
     shutil.rmtree(out)
     run.send_signal(signal.SIGCONT)
