@@ -11,8 +11,9 @@ The layout is LIBERO's own, so that official files and ours are read by the same
 One row is one decision; `action_repeat` says how many control steps it lasts (official files: 1).
 """
 
+import contextlib
+import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import h5py
 import numpy as np
 
 from support.errors import UserError
-from support.files import safe_name
+from support.files import atomic_write, safe_name
 
 OBSERVATIONS = ("agentview_rgb", "ee_pos", "ee_ori", "ee_states", "gripper_states", "joint_states")
 ROUNDING = 1e-4  # a stored command may exceed 1 by so much
@@ -238,54 +239,51 @@ def demo_path(out, suite, name, policy=False):
 
 def write_demos(path, demos, action_repeat, instruction, **attributes):
     """Write demonstrations (dicts of arrays, see `demos.record_episode`) in LIBERO's layout, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w") as f:
-            data = f.create_group("data")
-            data.attrs.update(
-                action_repeat=action_repeat, num_demos=len(demos), total=int(sum(len(d["actions"]) for d in demos)),
-                macros_image_convention="opengl", problem_info=json.dumps({"language_instruction": instruction}),
-            )  # fmt: skip
-            data.attrs.update(attributes)
-            for i, demo in enumerate(demos):
-                g = data.create_group(f"demo_{i}")
-                g.attrs["num_samples"] = len(demo["actions"])
-                if "model_file" in demo:
-                    g.attrs["model_file"] = demo["model_file"]
-                if "states" in demo:
-                    g.attrs["init_state"] = demo["states"][0]
-                done = np.zeros(len(demo["actions"]), np.uint8)
-                done[-1] = 1
-                for key, value in {"dones": done, "rewards": done, **demo}.items():
-                    if key == "agentview_rgb":  # one chunk a frame; gzip 1 halves it for 4 ms
-                        how = {"chunks": (1, *value.shape[1:]), "compression": "gzip", "compression_opts": 1}
-                        g.create_dataset(f"obs/{key}", data=value, **how)
-                    elif key != "model_file":
-                        g.create_dataset(f"obs/{key}" if key in OBSERVATIONS else key, data=value)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_file(path) as f:
+        data = f.create_group("data")
+        data.attrs.update(
+            action_repeat=action_repeat, num_demos=len(demos), total=int(sum(len(d["actions"]) for d in demos)),
+            macros_image_convention="opengl", problem_info=json.dumps({"language_instruction": instruction}),
+        )  # fmt: skip
+        data.attrs.update(attributes)
+        for i, demo in enumerate(demos):
+            g = data.create_group(f"demo_{i}")
+            g.attrs["num_samples"] = len(demo["actions"])
+            if "model_file" in demo:
+                g.attrs["model_file"] = demo["model_file"]
+            if "states" in demo:
+                g.attrs["init_state"] = demo["states"][0]
+            done = np.zeros(len(demo["actions"]), np.uint8)
+            done[-1] = 1
+            for key, value in {"dones": done, "rewards": done, **demo}.items():
+                if key == "agentview_rgb":  # one chunk a frame; gzip 1 halves it for 4 ms
+                    how = {"chunks": (1, *value.shape[1:]), "compression": "gzip", "compression_opts": 1}
+                    g.create_dataset(f"obs/{key}", data=value, **how)
+                elif key != "model_file":
+                    g.create_dataset(f"obs/{key}" if key in OBSERVATIONS else key, data=value)
 
 
 def merge_parts(parts, path):
     """Join part files into one demonstration file by HDF5 copies, renumbering the demonstrations."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with h5py.File(temporary, "w") as out:
-            data = out.create_group("data")
-            count = total = 0
-            for part in parts:
-                with h5py.File(part, "r") as f:
-                    data.attrs.update(f["data"].attrs)
-                    total += int(f["data"].attrs["total"])
-                    for i in range(int(f["data"].attrs["num_demos"])):
-                        f.copy(f["data"][f"demo_{i}"], data, name=f"demo_{count}")
-                        count += 1
-            data.attrs["num_demos"], data.attrs["total"] = count, total
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_file(path) as out:
+        data = out.create_group("data")
+        count = total = 0
+        for part in parts:
+            with h5py.File(part, "r") as f:
+                data.attrs.update(f["data"].attrs)
+                total += int(f["data"].attrs["total"])
+                for i in range(int(f["data"].attrs["num_demos"])):
+                    f.copy(f["data"][f"demo_{i}"], data, name=f"demo_{count}")
+                    count += 1
+        data.attrs["num_demos"], data.attrs["total"] = count, total
     for part in parts:
         Path(part).unlink()
+
+
+@contextlib.contextmanager
+def _whole_file(path):
+    """A new HDF5 file, to be filled. It is built in memory and written at once: on a full disk HDF5 ends in a segmentation fault."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as f:
+        yield f
+    atomic_write(path, content.getbuffer())

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_train import SMALL, _command, _start, _wait_for_iteration, models  # n
 from policy import ActorCritic, build_tiny
 from ppo import PPOConfig, RolloutBuffer, ppo_update
 from simulator.pool import WorkerProcess
-from support import checkpoints, errors
+from support import checkpoints, demonstrations, errors
 from support.numerics import NumericsError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,6 +203,29 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
         else:
             break
     assert refused >= 6 and checkpoints.load_checkpoint(small_disk, actor_critic)["iteration"] == 2
+
+
+def test_full_disk_refuses_demonstrations_in_one_line(small_disk, tmp_path):
+    """HDF5 itself ends in a segmentation fault on a full disk, with a part of a file left behind."""
+    frames = np.random.default_rng(0).integers(
+        0, 256, (50, 64, 64, 3), dtype=np.uint8
+    )  # not to be compressed
+    demo = {"actions": np.ones((50, 7)), "agentview_rgb": frames}
+    parts = [tmp_path / f"x.part{i}" for i in range(8)]
+    for part in parts:
+        demonstrations.write_demos(part, [demo] * 2, 4, "do it")
+    whole = small_disk / "x_demo.hdf5"
+    demonstrations.write_demos(whole, [demo], 4, "do it")
+    before = whole.read_bytes()
+    for write in (
+        lambda: demonstrations.write_demos(whole, [demo] * 16, 4, "do it"),
+        lambda: demonstrations.merge_parts(parts, whole),
+    ):
+        with pytest.raises(errors.UserError, match="cannot write .*x_demo.hdf5: No space left") as error:
+            write()
+        assert "\n" not in str(error.value)
+        assert os.listdir(small_disk) == [whole.name] and whole.read_bytes() == before
+    assert all(part.exists() for part in parts)  # nothing recorded is lost
 
 
 @pytest.mark.libero
