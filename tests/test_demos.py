@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_a_recording_replays_and_says_what_other_tools_ask_for(tmp_path, policy)
             done = done or episode.step(action)
     assert done
     task.close()
+
+
+@pytest.mark.parametrize("temperature, different", [(0.0, False), (3.0, True)])
+def test_a_policy_that_acts_in_recordings_is_sampled_at_its_own_temperature(
+    tmp_path, monkeypatch, temperature, different
+):
+    shutil.copytree(ROOT / "checkpoints" / "libero_object" / "policy", tmp_path / "policy")
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(
+        json.dumps({**config, "sampling_temperature": temperature})
+    )
+    monkeypatch.setattr(demos, "_POLICY", {})
+    args = demos.Args(policy=tmp_path / "policy")
+    frame = np.full((224, 224, 3), 127, np.uint8)
+    sentence = "pick up the milk and place it in the basket"
+    actions = [demos._policy_of(args, sentence, np.random.default_rng(i))(frame) for i in range(3)]
+    assert (actions[0].shape == (7,)) and (np.ptp(actions, axis=0).max() > 0) == different
 
 
 @pytest.mark.libero
