@@ -25,25 +25,19 @@ from support.cli import flag, parse_args
 # What differs between the two sizes. 7B: the paper's, else the release's (docs/hyperparameters.md); tiny: found on 2 cores.
 DEFAULTS = {
     "tiny": dict(
-        total_steps=40_960, num_envs=16, num_steps=32, max_episode_steps=160, lr=1e-3, critic_lr=1e-3, lr_schedule="linear",
-        temperature=0.6, epochs=3, minibatch_size=128, micro_batch_size=128, lora_targets="language", eval_temperature=0.6,
-        curriculum="eq4",
+        total_steps=81_920, num_envs=16, num_steps=128, max_episode_steps=160, lr=5e-4, critic_lr=1e-3, lr_schedule="linear",
+        temperature=0.6, epochs=3, minibatch_size=256, micro_batch_size=128, lora_targets="language", eval_temperature=0.6,
+        curriculum="frontier", eval_every=10,
     ),
     "7B": dict(
         total_steps=1_280_000, num_envs=10, num_steps=128, max_episode_steps=150, lr=2e-5, critic_lr=5e-5, lr_schedule="constant",
         temperature=1.5, epochs=1, minibatch_size=128, micro_batch_size=8, lora_targets="all", eval_temperature=0.0,
-        curriculum="eq4",
+        curriculum="eq4", eval_every=20,
     ),
 }  # fmt: skip
-# Many tasks of these suites are two in a row: longer episodes. openvla-tiny succeeds rarely there, in some tasks never: more
-# episodes per update, smaller steps, and tasks near 50 % first. With the others' settings libero_10 got worse (docs/results.md).
+# Many tasks of these suites are two in a row: longer episodes.
 LONG_SUITES = ("libero_10", "libero_90")
-LONG_DEFAULTS = {
-    "tiny": dict(
-        max_episode_steps=320, total_steps=81_920, num_steps=128, minibatch_size=256, lr=5e-4, curriculum="frontier"
-    ),
-    "7B": dict(max_episode_steps=300),
-}  # fmt: skip
+LONG_DEFAULTS = {"tiny": dict(max_episode_steps=320), "7B": dict(max_episode_steps=300)}
 
 
 def by_size(name, help, **metadata):
@@ -192,7 +186,9 @@ class Args:
         choices=("sum", "potential", "none"),
     )
     # Measuring
-    eval_every: int = flag(20, "iterations between evaluations; 0 = only at start and end", min=0)
+    eval_every: Optional[int] = by_size(
+        "eval_every", "iterations between evaluations; 0 = only at start and end", min=0
+    )
     eval_temperature: Optional[float] = by_size(
         "eval_temperature", "of sampling in evaluations; 0 = greedy", min=0
     )

@@ -33,9 +33,9 @@ class Args:
         4, "iterations that are measured, with policy updates, after one to warm up", min=1
     )
     num_envs: int = flag(16, "environments, as train.py's default for openvla-tiny", min=1)
-    num_steps: int = flag(32, "decisions per environment and rollout, as there", min=1)
+    num_steps: int = flag(128, "decisions per environment and rollout, as there", min=1)
     epochs: int = flag(3, "passes over a rollout, as there", min=1)
-    minibatch_size: int = flag(128, "decisions per optimiser step, as there", min=1)
+    minibatch_size: int = flag(256, "decisions per optimiser step, as there", min=1)
     rounds: int = flag(3, "updates taken apart, after one to warm up", min=1)
     out: Path = flag(Path("runs/bench-iteration.json"), "where the numbers go")
 

@@ -4,7 +4,7 @@
 #
 #   scripts/reproduce.sh [SUITE] [OUT]                  default: libero_object, runs/reproduce/SUITE
 #
-# On 2 CPU cores and libero_object about 20 minutes of demonstrations, 25 of imitation, 25 for RPRM and 40 per RL run. Each step is
+# On 2 CPU cores and libero_object about 20 minutes of demonstrations, 25 of imitation, 25 for RPRM and 60 per RL run. Each step is
 # skipped where its result is there, and what was interrupted goes on, so the same command continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
