@@ -165,7 +165,7 @@ def test_the_loop_is_algorithm_1(tmp_path, monkeypatch):
         task_ids=[0, 1], model=str(tmp_path / "policy"), reward_model=str(tmp_path / "rprm"), out=str(tmp_path / "run"), seed=3,
         num_envs=N, num_steps=T, total_steps=N * T * ITERATIONS, critic_warmup=1, lr=0.02, critic_lr=0.01, lr_schedule="linear",
         gamma=GAMMA, gae_lambda=LAMBDA, prm_weight=WEIGHT, prm_mode="potential", eval_every=1, eval_temperature=0.7, keep=1,
-        start_episodes=2, eval_episodes=2, final_episodes=2, video_every=0, **ppo_flags,
+        start_episodes=2, eval_episodes=2, final_episodes=2, video_every=0, curriculum="eq4", **ppo_flags,
     ))  # fmt: skip
 
     assert updates == [(ppo.PPOConfig(**ppo_flags), trained) for trained in (False, True, True)]
