@@ -47,14 +47,14 @@ policy() {
 
 # learn METHOD SEED FLAGS: the same, its policy on the test states, and what is small of both in results/SUITE.
 learn() {
-  local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2
+  local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2 result=results${EPISODES:+-$((10 * EPISODES))}
   runs+=("$small")
-  if [ ! -e "$small/results.json" ]; then
+  if [ ! -e "$small/$result.json" ]; then
     policy "$@"
-    evaluate "$SUITE" "$run/policy" "$run/test" --seed "$2"
+    evaluate "$SUITE" "$run/policy" "$run/$result" --seed "$2"
     mkdir -p "$small"
     cp "$run/config.json" "$run/metrics.jsonl" "$small"
-    cp "$run/test/results.json" "$small"
+    cp "$run/$result/results.json" "$small/$result.json"
   fi
 }
 
@@ -62,16 +62,20 @@ learn() {
 compare() {
   local out=$RESULTS/$SUITE/$1
   shift
-  $PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$out.png" "$@" | tee "$out.md"
+  $PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$out.png" \
+    --results "results${EPISODES:+-$((10 * EPISODES))}.json" "$@" | tee "$out.md"
 }
 
 suites() {
-  local EPISODES=${EPISODES:-50} SUITE
+  local EPISODES=${EPISODES:-50} SUITE result
+  result=results-$((10 * EPISODES)).json
   for SUITE in libero_spatial libero_object libero_goal libero_10; do
     runs=()
-    evaluate "$SUITE" "checkpoints/$SUITE/policy" "$WORK/$SUITE/start"
-    mkdir -p "$RESULTS/$SUITE/start"
-    cp "$WORK/$SUITE/start/results.json" "$RESULTS/$SUITE/start/results-500.json"
+    if [ ! -e "$RESULTS/$SUITE/start/$result" ]; then
+      evaluate "$SUITE" "checkpoints/$SUITE/policy" "$WORK/$SUITE/start-$EPISODES"
+      mkdir -p "$RESULTS/$SUITE/start"
+      cp "$WORK/$SUITE/start-$EPISODES/results.json" "$RESULTS/$SUITE/start/$result"
+    fi
     for seed in $SEEDS; do learn rl "$seed"; done
     compare rl
   done
