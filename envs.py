@@ -50,7 +50,7 @@ class Curriculum:
     """Sampling of tasks by their running success rate (paper section 3.5).
 
     mode "eq4":      P(j) ∝ exp((0.5 - s_j) / tau)    Eq. 4 as printed: the harder, the more often (7B)
-    mode "frontier": P(j) ∝ exp(-|0.5 - s_j| / tau)   what the text around Eq. 4 says: most often where s_j is near 50 % (tiny)
+    mode "frontier": P(j) ∝ exp(-|0.5 - s_j| / tau)   what the text around Eq. 4 says: those near 50 % first (tiny)
     mode "uniform":  P(j) equal                       the ablation "no curriculum" of Table 2
 
     s_j is the success rate over the last `window` episodes of task j with one success and one failure added (Laplace),

@@ -23,6 +23,7 @@ from typing import Optional
 from support.cli import flag, parse_args
 
 # What differs between the two sizes. 7B: the paper's, else the release's (docs/hyperparameters.md); tiny: found on 2 cores.
+# With num_steps 32, lr 1e-3 and Eq. 4, libero_goal gained little and libero_10 got worse (docs/results.md).
 DEFAULTS = {
     "tiny": dict(
         total_steps=81_920, num_envs=16, num_steps=128, max_episode_steps=160, lr=5e-4, critic_lr=1e-3, lr_schedule="linear",

@@ -19,8 +19,8 @@ SUITE=${SUITE:-libero_object}
 SEEDS=${SEEDS:-0 1 2}
 WORK=${WORK:-runs/evidence}
 RESULTS=${RESULTS:-results}
-EPISODES=${EPISODES:-}  # test episodes per task at the end, instead of 50 or 20
-FLAGS=${FLAGS:-}         # more flags of every training
+EPISODES=${EPISODES:-} # test episodes per task at the end, instead of 50 or 20
+FLAGS=${FLAGS:-}       # more flags of every training
 
 # evaluate SUITE POLICY DIRECTORY FLAGS
 evaluate() {
@@ -96,7 +96,7 @@ table2() {
 
 # Both policies on LIBERO's states and on 500 random placements that nobody trained on.
 states() {
-  local EPISODES=${EPISODES:-50}
+  local EPISODES=${EPISODES:-50} run small
   for seed in $SEEDS; do
     policy rl "$seed"
     policy rl-protocol "$seed" --init-states protocol

@@ -265,8 +265,8 @@ def test_a_directory_deleted_while_a_checkpoint_is_written_is_written_again(tmp_
     checkpoints.save_checkpoint(out, 7, actor_critic, {"iteration": 7}, keep=2, best=-1)
     assert newest(out) == 7 and not list((out / "checkpoints").glob("*.tmp"))
     assert checkpoints.load_checkpoint(out, actor_critic)["iteration"] == 7
-    deletions += [1, 1]
     if late:  # before: save_adapters makes its directory again
+        deletions += [1, 1]
         with pytest.raises(errors.UserError, match="cannot write the checkpoint") as error:
             checkpoints.save_checkpoint(out, 8, actor_critic, {"iteration": 8}, keep=2, best=-1)
         assert "\n" not in str(error.value)

@@ -392,11 +392,12 @@ def test_each_suite_with_a_shipped_policy_starts_at_once(suite, tmp_path):
 
 def test_long_suites_have_defaults_of_their_own_and_a_given_value_stays():
     for suite, given, want in (
-        ("libero_10", {}, 320),
-        ("libero_90", {}, 320),
-        ("libero_goal", {}, 160),
-        ("libero_10", dict(max_episode_steps=100), 100),
+        ("libero_10", {}, (320, 81_920, 128, 256, 5e-4, "frontier")),
+        ("libero_90", {}, (320, 81_920, 128, 256, 5e-4, "frontier")),
+        ("libero_goal", {}, (160, 81_920, 128, 256, 5e-4, "frontier")),
+        ("libero_10", dict(max_episode_steps=100, curriculum="eq4"), (100, 81_920, 128, 256, 5e-4, "eq4")),
     ):
         model = str(ROOT / "checkpoints/libero_goal/policy")
         args = train.fill_defaults(train.Args(suite=suite, model=model, **given))[0]
-        assert args.max_episode_steps == want
+        names = ("max_episode_steps", "total_steps", "num_steps", "minibatch_size", "lr", "curriculum")
+        assert tuple(getattr(args, name) for name in names) == want

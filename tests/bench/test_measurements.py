@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import train
 from bench import busy, decode, envs, gpu, iteration, leak, model, pictures, prefix, scaling, soak, update
 from bench.__main__ import COMMANDS
 from bench.common import machine, table
@@ -255,6 +256,12 @@ def test_busy_measures_both_settings_beside_a_competitor(capsys):
     )
     busy.show({**r, "machine": machine()})
     assert "GOMP_SPINCOUNT" in capsys.readouterr().out
+
+
+def test_an_iteration_is_measured_at_the_default_sizes():
+    args, tiny = iteration.Args(), train.DEFAULTS["tiny"]
+    for name in ("num_envs", "num_steps", "epochs", "minibatch_size"):
+        assert getattr(args, name) == tiny[name], name
 
 
 @pytest.mark.libero
