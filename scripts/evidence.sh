@@ -9,12 +9,13 @@
 #   budget    204,800 decisions, two and a half times the default (2 seeds)
 #   pro       start and trained policy on LIBERO-PRO's variants of the suite
 #
-# SUITE=libero_object (of the other experiments than suites) and SEEDS="0 1 2" are environment variables. What is small of
-# each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an hour on 2 cores. What is
-# there is skipped, what was interrupted goes on.
+# SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments) and SEEDS="0 1 2" are environment
+# variables. What is small of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an
+# hour on 2 cores. What is there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
+SUITES=${SUITES:-libero_spatial libero_object libero_goal libero_10}
 SUITE=${SUITE:-libero_object}
 SEEDS=${SEEDS:-0 1 2}
 WORK=${WORK:-runs/evidence}
@@ -69,16 +70,16 @@ compare() {
 suites() {
   local EPISODES=${EPISODES:-50} SUITE result
   result=results-$((10 * EPISODES)).json
-  for SUITE in libero_spatial libero_object libero_goal libero_10; do
-    runs=()
+  for SUITE in $SUITES; do
     if [ ! -e "$RESULTS/$SUITE/start/$result" ]; then
       evaluate "$SUITE" "checkpoints/$SUITE/policy" "$WORK/$SUITE/start-$EPISODES"
       mkdir -p "$RESULTS/$SUITE/start"
       cp "$WORK/$SUITE/start-$EPISODES/results.json" "$RESULTS/$SUITE/start/$result"
     fi
     for seed in $SEEDS; do learn rl "$seed"; done
-    compare rl
   done
+  $PY -m support.report suites --results "$RESULTS" --evaluation "$result" --out "$RESULTS/suites.png" |
+    tee "$RESULTS/suites.md"
 }
 
 table2() {

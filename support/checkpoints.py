@@ -53,10 +53,15 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
     except failures as exc:
         shutil.rmtree(temporary, ignore_errors=True)
         why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
-        raise UserError(
-            f"cannot write the checkpoint {final}: {why}; the previous one is intact. Free some "
-            f"space, then: python train.py --resume {out}"
-        ) from exc
+        before = any(
+            p.name.isdigit() for p in root.glob("*")
+        )  # not at the start, nor where the directory was deleted
+        next_step = (
+            f"the previous one is intact. Free some space, then: python train.py --resume {out}"
+            if before
+            else "there is no other. Free some space, then start again"
+        )
+        raise UserError(f"cannot write the checkpoint {final}: {why}; {next_step}") from exc
 
 
 def checksums(directory, sync=False):

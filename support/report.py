@@ -3,6 +3,7 @@
     python -m support.report page --run runs/libero_object-seed0
     python -m support.report compare --runs runs/rl-sum-seed0,runs/rl-none-seed0 --out comparison.png
     python -m support.report pair --before runs/eval-start --after runs/eval-trained --film before_after.gif
+    python -m support.report suites --results results --out suites.png
 
 Everything here reads the files of a run and changes none of them, so it may be called at any time, while the run goes on too.
 """
@@ -297,19 +298,22 @@ def before_after_table(rows):
     return "\n".join(lines)
 
 
+def _read_evaluation(file):
+    """eval.py's results.json and {(task, test state): success}."""
+    try:
+        result = json.loads(Path(file).read_text())
+        return result, {(e["task_id"], e["init_state"]): e["success"] for e in result["episodes"]}
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise UserError(f"{file} is no result of eval.py ({type(exc).__name__}: {exc})") from exc
+
+
 def pair(before, after, film=None):
     """Two evaluations of eval.py (directories, or their results.json) on the same episodes, as text: a table per task and the
     difference, with its 95 % interval over pairs of episodes. film: GIF of a state that was lost and is won now."""
-    folders, results, episodes = [], {}, []
-    for name, path in (("start", Path(before)), ("trained", Path(after))):
-        folders.append(path if path.is_dir() else path.parent)
-        file = path / "results.json" if path.is_dir() else path
-        try:
-            results[name] = json.loads(file.read_text())
-            key = lambda e: (e["task_id"], e["init_state"])  # noqa: E731
-            episodes.append({key(e): e["success"] for e in results[name]["episodes"]})
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise UserError(f"{file} is no result of eval.py ({type(exc).__name__}: {exc})") from exc
+    folders = [path if path.is_dir() else path.parent for path in (Path(before), Path(after))]
+    files = [path / "results.json" if path.is_dir() else path for path in (Path(before), Path(after))]
+    (start, trained), episodes = zip(*map(_read_evaluation, files), strict=True)
+    results = {"start": start, "trained": trained}
     settings = [(r["suite"], r["settings"].get("fresh", False)) for r in results.values()]
     if settings[0] != settings[1] or episodes[0].keys() != episodes[1].keys():
         raise UserError(f"{before} and {after} are not of the same episodes: give eval.py the same flags")
@@ -328,6 +332,97 @@ def pair(before, after, film=None):
             )
         lines.append(f"film: {film}")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Table 1
+# --------------------------------------------------------------------------------------------------------------------
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
+
+def suites(directory, picture=None, evaluation="results-500.json"):
+    """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
+
+    Reads DIRECTORY/SUITE/start/EVALUATION and DIRECTORY/SUITE/rl-seed*/EVALUATION, which eval.py wrote, on the same test
+    episodes. Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain a
+    t interval over the pairs of episodes. The last column counts every suite's episodes alike and takes the seeds that all
+    suites have. A suite or a seed without a file is left out. picture: PNG of the curves of training, a panel per suite.
+    """
+    columns, runs = {}, {}
+    for suite in SUITES:
+        start = Path(directory) / suite / "start" / evaluation
+        runs[suite] = {
+            int(run.name.removeprefix("rl-seed")): run
+            for run in sorted(Path(directory, suite).glob("rl-seed*"))
+            if (run / evaluation).exists()
+        }
+        if not (start.exists() and runs[suite]):
+            continue
+        before = _read_evaluation(start)[1]
+        after = {seed: _read_evaluation(run / evaluation)[1] for seed, run in runs[suite].items()}
+        for seed, episodes in after.items():
+            if episodes.keys() != before.keys():
+                raise UserError(f"{runs[suite][seed] / evaluation} and {start} are not of the same episodes")
+        won = {seed: np.array([episodes[key] for key in before], int) for seed, episodes in after.items()}
+        columns[suite] = np.array(list(before.values()), int), won
+    if not columns:
+        raise UserError(
+            f"no {evaluation} in {directory}/SUITE/start and {directory}/SUITE/rl-seed*, for no suite: eval.py writes them"
+        )
+    shared = sorted(set.intersection(*(set(won) for _, won in columns.values())))
+    if len(columns) == len(SUITES) and shared:
+        start, won = zip(*columns.values(), strict=True)
+        columns["all"] = np.concatenate(start), {k: np.concatenate([w[k] for w in won]) for k in shared}
+
+    rows = {"start policy": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
+    for start, won in columns.values():
+        won = np.array(list(won.values()))  # (seeds, episodes)
+        several = len(won) > 1
+        rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
+        cells = (
+            _cell(100 * start.mean(), _percent(wilson_interval(start.sum(), start.size))),
+            _cell(
+                rates.mean(), t_interval(rates) if several else _percent(wilson_interval(won.sum(), won.size))
+            ),
+            _cell(gains.mean(), t_interval(gains.mean(axis=1) if several else gains[0]), "+"),
+            str(len(won)),
+            str(start.size),
+        )
+        for row, cell in zip(rows.values(), cells, strict=True):
+            row.append(cell)
+    if picture:
+        _draw_suites(runs, Path(directory), evaluation, picture)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()])
+
+
+def _percent(interval):
+    return tuple(100 * end for end in interval)
+
+
+def _cell(mean, interval, sign=""):
+    low, high = interval
+    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def _draw_suites(runs, directory, evaluation, path):
+    """A panel per suite: success in training, and on the test states before and after; a line for each seed."""
+    runs = {suite: seeds for suite, seeds in runs.items() if seeds}
+    figure = _figure(figsize=(3 * len(runs), 3), dpi=130, layout="tight")
+    for ax, (suite, seeds) in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()):
+        start = json.loads((directory / suite / "start" / evaluation).read_text())
+        for run in seeds.values():
+            _, lines, results = read_run(run, evaluation)
+            _draw_curve(ax, lines, evaluation_points(lines, results | {"start": start}))
+        ax.set(title=f"{suite}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", ylim=(0, 102))
+        ax.locator_params(axis="x", nbins=4)
+        handles, labels = ax.get_legend_handles_labels()
+        ax.get_legend().remove()
+        if ax is not figure.axes[0]:
+            ax.set_ylabel("")
+    figure.axes[-1].legend(handles[:2], labels[:2], loc="best", fontsize=7)
+    _save_png(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -577,6 +672,13 @@ class PairArgs:
     )
 
 
+@dataclass
+class SuitesArgs:
+    results: str = flag("results", "directory with SUITE/start and SUITE/rl-seedS of the four suites")
+    out: str | None = flag(None, "PNG to write of the curves, a panel per suite", default="none")
+    evaluation: str = flag("results-500.json", "in each of those directories, eval.py's file")
+
+
 @main_guard
 def main():
     commands = {
@@ -586,12 +688,15 @@ def main():
             "several methods and seeds: one plot, and a table with differences and intervals over seeds",
         ),
         "pair": (PairArgs, "two evaluations of the same episodes: a table per task and the difference"),
+        "suites": (SuitesArgs, "Table 1: the four suites before and after training, with intervals"),
     }
     command, args = parse_command(commands, "What finished and running trainings show.")
     if command == "page":
         print(write_report(args.run))
     elif command == "compare":
         print(compare(args.runs, args.out, args.results))
+    elif command == "suites":
+        print(suites(args.results, args.out, args.evaluation))
     else:
         print(pair(args.before, args.after, args.film))
 

@@ -63,7 +63,8 @@ def save_state(state, path):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         why = str(exc).strip().splitlines()[0]
-        raise UserError(f"cannot write {path}: {why}; the one before is intact") from exc
+        before = "the one before is intact" if path.exists() else "there is none before it"
+        raise UserError(f"cannot write {path}: {why}; {before}") from exc
 
 
 def load_state(owner, path):

@@ -2,7 +2,7 @@
 
     python tests/test_docs.py       # renew the line numbers of links into the code after an edit of it
 
-Only the code is imported or parsed, never a measured number: those are filled in by hand from JSON files.
+Measured numbers are filled in by hand from JSON files and not checked, but for Table 1, which a command makes.
 """
 
 import ast
@@ -29,7 +29,7 @@ MODULES = (
 )  # python -m, which may import what is slow before --help
 SUBCOMMANDS = {
     "-m scripts.rprm": ("label", "train", "score", "record"),
-    "-m support.report": ("page", "compare", "pair"),
+    "-m support.report": ("page", "compare", "pair", "suites"),
     "-m bench": tuple(
         p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
     ),
@@ -406,6 +406,14 @@ def test_sizes_of_openvla_tiny():
     assert temperature == str(config["sampling_temperature"])
     (rounded,) = re.findall(r"`openvla-tiny` \(([\d.]+) M parameters", readme())
     assert rounded == parameters.removesuffix(" M")
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "results.md"], ids=lambda page: page.name)
+def test_table_1_is_what_the_result_files_give(page):
+    from support import report
+
+    table = report.suites(ROOT / "results")
+    assert table in page.read_text(encoding="utf-8"), f"paste this into {page.name}:\n{table}"
 
 
 def test_requirements_pin_mujoco():

@@ -20,7 +20,7 @@ from test_train import SMALL, _command, _start, _wait_for_iteration, models  # n
 from policy import ActorCritic, build_tiny
 from ppo import PPOConfig, RolloutBuffer, ppo_update
 from simulator.pool import WorkerProcess
-from support import checkpoints, demonstrations, errors
+from support import checkpoints, demonstrations, errors, training
 from support.numerics import NumericsError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,6 +203,22 @@ def test_full_disk_at_any_point_of_a_checkpoint_leaves_the_previous_one(small_di
         else:
             break
     assert refused >= 6 and checkpoints.load_checkpoint(small_disk, actor_critic)["iteration"] == 2
+
+
+def test_full_disk_without_an_earlier_checkpoint_promises_none(small_disk):
+    actor_critic = ActorCritic(build_tiny(0, words=["soup"], **SMALL), targets="language")
+    state = {"iteration": 0, "x": torch.zeros(50_000)}
+    fill(small_disk)
+    with pytest.raises(errors.UserError, match="there is no other. Free some space") as error:
+        checkpoints.save_checkpoint(small_disk, 0, actor_critic, state, keep=2, best=-1)
+    assert "intact" not in str(error.value) and "\n" not in str(error.value)
+    assert not list(small_disk.rglob("*.tmp"))
+    with pytest.raises(errors.UserError, match="there is none before it"):
+        training.save_state(state, small_disk / "training.pt")
+    (small_disk / "training.pt").write_bytes(b"")  # as if there were one
+    with pytest.raises(errors.UserError, match="the one before is intact"):
+        training.save_state(state, small_disk / "training.pt")
+    assert not list(small_disk.rglob("*.tmp"))
 
 
 def test_full_disk_refuses_demonstrations_in_one_line(small_disk, tmp_path):

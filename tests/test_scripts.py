@@ -79,3 +79,54 @@ def test_record_writes_the_same_with_any_number_of_workers(tmp_path):
     for first, second in files.values():
         np.testing.assert_array_equal(first[0], second[0])
         np.testing.assert_array_equal(first[1], second[1])
+
+
+@pytest.mark.libero
+def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
+    small = "--num-envs 2 --num-steps 2 --minibatch-size 4 --total-steps 4 --critic-warmup 0 --prm-mode none"
+    settings = {
+        "PY": sys.executable,
+        "SUITES": "libero_object",
+        "SEEDS": "3",
+        "EPISODES": "1",
+        "FLAGS": small,
+    }
+    settings |= {"WORK": str(tmp_path / "work"), "RESULTS": str(tmp_path / "results")}
+
+    def evidence(*experiments):
+        command = ["scripts/evidence.sh", *experiments]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+
+    refused = evidence("everything")
+    assert (
+        refused.returncode == 2
+        and "no experiment everything" in refused.stderr
+        and not any(tmp_path.iterdir())
+    )
+
+    done = evidence("suites")
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "results" / "libero_object"
+    start, trained = (
+        json.loads((made / name / "results-10.json").read_text()) for name in ("start", "rl-seed3")
+    )
+    assert (
+        [e["task_id"] for e in start["episodes"]]
+        == list(range(10))
+        == [e["task_id"] for e in trained["episodes"]]
+    )
+    assert (
+        trained["settings"]["seed"]
+        == 3
+        == json.loads((made / "rl-seed3" / "config.json").read_text())["seed"]
+    )
+    assert len((made / "rl-seed3" / "metrics.jsonl").read_text().splitlines()) == 1  # one iteration
+    assert (
+        "| start policy | " in done.stdout and (tmp_path / "results" / "suites.md").read_text() in done.stdout
+    )
+    assert (tmp_path / "results" / "suites.png").stat().st_size > 10_000
+
+    before = times(tmp_path / "work") | times(made)
+    again = evidence("suites")
+    assert again.returncode == 0 and "| start policy | " in again.stdout
+    assert times(tmp_path / "work") | times(made) == before

@@ -92,6 +92,74 @@ def test_what_cannot_be_paired_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def the_suites(folder, wins):
+    """results/ with the start policy's episodes {suite: wins} and those of trained ones {(suite, seed): wins}."""
+    for key, won in wins.items():
+        suite, name = (key, "start") if isinstance(key, str) else (key[0], f"rl-seed{key[1]}")
+        (folder / suite).mkdir(parents=True, exist_ok=True)
+        an_evaluation(folder / suite / name, won)
+        if name != "start":
+            (folder / suite / name / "config.json").write_text(json.dumps({"seed": key[1]}))
+            lines = [
+                {"charts/decisions": 512 * k, "charts/episodes": 20, "charts/successes": k} for k in (1, 2, 3)
+            ]
+            (folder / suite / name / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
+    return folder
+
+
+def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
+    from scipy.stats import ttest_1samp, ttest_rel
+
+    start, better, best = [0] * 12 + [1] * 8, [0] * 6 + [1] * 14, [0] * 4 + [1] * 16
+    wins = {(suite, 0): better for suite in report.SUITES} | {suite: start for suite in report.SUITES}
+    wins |= {("libero_goal", 1): best, ("libero_goal", 7): start}
+    folder = the_suites(tmp_path / "results", wins)
+    (folder / "libero_object" / "rl-seed1").mkdir()  # not evaluated yet: no row counts it
+    table = report.suites(folder, tmp_path / "suites.png", "results.json").splitlines()
+    rows = {cells[0]: dict(zip(names, cells[1:], strict=True)) for names, cells in (
+        (table[0].strip("| ").split(" | "), line.strip("| ").split(" | ")) for line in table[2:]
+    )}  # fmt: skip
+    assert list(rows["seeds"]) == [*report.SUITES, "all"]
+    assert list(rows["seeds"].values()) == ["1", "1", "3", "1", "1"]
+    assert list(rows["episodes each"].values()) == ["20", "20", "20", "20", "80"]
+
+    def shown(mean, interval, sign=""):
+        return f"{mean:{sign}.1f} ({interval[0]:{sign}.1f} to {interval[1]:{sign}.1f})"
+
+    def wilson(k, n):  # from its formula
+        z, p = 1.959964, k / n
+        middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + (z / 2 / n) ** 2) ** 0.5
+        return [100 * (middle + side * half) / (1 + z * z / n) for side in (-1, 1)]
+
+    assert rows["start policy"]["libero_object"] == shown(40, wilson(8, 20))
+    assert rows["VLA-RL"]["libero_object"] == shown(70, wilson(14, 20))
+    pairs = ttest_rel(better, start).confidence_interval(0.95)
+    assert rows["gain"]["libero_object"] == shown(30, [100 * end for end in pairs], "+")
+    seeds = ttest_1samp([70, 80, 40], 0).confidence_interval(0.95)
+    assert rows["VLA-RL"]["libero_goal"] == shown(190 / 3, seeds)
+    assert rows["gain"]["libero_goal"] == shown(70 / 3, [end - 40 for end in seeds], "+")
+    # All suites: seed 0 alone, which each of them has.
+    assert rows["start policy"]["all"] == shown(40, wilson(32, 80))
+    assert rows["VLA-RL"]["all"] == shown(70, wilson(56, 80))
+    pairs = ttest_rel(better * 4, start * 4).confidence_interval(0.95)
+    assert rows["gain"]["all"] == shown(30, [100 * end for end in pairs], "+")
+    with Image.open(tmp_path / "suites.png") as picture:
+        assert picture.width > 3 * picture.height  # four panels
+
+
+def test_table_1_leaves_out_what_is_missing_and_refuses_other_episodes(tmp_path):
+    with pytest.raises(UserError, match="no results.json in"):
+        report.suites(tmp_path, evaluation="results.json")
+    wins = {"libero_goal": [0, 1], ("libero_goal", 0): [1, 1], "libero_10": [0, 1]}
+    folder = the_suites(tmp_path / "a", wins)
+    assert report.suites(folder, evaluation="results.json").splitlines()[0] == "| | libero_goal |"
+    folder = the_suites(tmp_path / "b", wins | {("libero_goal", 0): [1, 1, 1]})
+    with pytest.raises(UserError, match="not of the same episodes"):
+        report.suites(folder, evaluation="results.json")
+
+
 def a_run(directory, mode, seed, points, final):
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"prm_mode": mode, "seed": seed}))
