@@ -139,7 +139,7 @@ def test_every_page_can_be_reached_from_readme():
         if page not in seen:
             seen.add(page)
             todo += [
-                (page.parent / name).resolve() for name in re.findall(r"\]\(([\w./]+\.md)", page.read_text())
+                (page.parent / name).resolve() for name in re.findall(r"\]\(([\w./-]+\.md)", page.read_text())
             ]
     assert set(PAGES) <= seen, f"no link leads to {sorted(p.name for p in set(PAGES) - seen)}"
 
