@@ -375,7 +375,7 @@ def suites(directory, picture=None, evaluation="results-500.json"):
         start, won = zip(*columns.values(), strict=True)
         columns["all"] = np.concatenate(start), {k: np.concatenate([w[k] for w in won]) for k in shared}
 
-    rows = {"start policy": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
+    rows = {"SFT": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
     for start, won in columns.values():
         won = np.array(list(won.values()))  # (seeds, episodes)
         several = len(won) > 1
@@ -403,7 +403,7 @@ def _percent(interval):
 
 def _cell(mean, interval, sign=""):
     low, high = interval
-    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+    return f"{mean:{sign}.1f} ({low:.1f} to {high:.1f})"
 
 
 def _draw_suites(runs, directory, evaluation, path):

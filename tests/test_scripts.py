@@ -121,12 +121,10 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
         == json.loads((made / "rl-seed3" / "config.json").read_text())["seed"]
     )
     assert len((made / "rl-seed3" / "metrics.jsonl").read_text().splitlines()) == 1  # one iteration
-    assert (
-        "| start policy | " in done.stdout and (tmp_path / "results" / "suites.md").read_text() in done.stdout
-    )
+    assert "| SFT | " in done.stdout and (tmp_path / "results" / "suites.md").read_text() in done.stdout
     assert (tmp_path / "results" / "suites.png").stat().st_size > 10_000
 
     before = times(tmp_path / "work") | times(made)
     again = evidence("suites")
-    assert again.returncode == 0 and "| start policy | " in again.stdout
+    assert again.returncode == 0 and "| SFT | " in again.stdout
     assert times(tmp_path / "work") | times(made) == before

@@ -126,14 +126,14 @@ def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
     assert list(rows["episodes each"].values()) == ["20", "20", "20", "20", "80"]
 
     def shown(mean, interval, sign=""):
-        return f"{mean:{sign}.1f} ({interval[0]:{sign}.1f} to {interval[1]:{sign}.1f})"
+        return f"{mean:{sign}.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
 
     def wilson(k, n):  # from its formula
         z, p = 1.959964, k / n
         middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + (z / 2 / n) ** 2) ** 0.5
         return [100 * (middle + side * half) / (1 + z * z / n) for side in (-1, 1)]
 
-    assert rows["start policy"]["libero_object"] == shown(40, wilson(8, 20))
+    assert rows["SFT"]["libero_object"] == shown(40, wilson(8, 20))
     assert rows["VLA-RL"]["libero_object"] == shown(70, wilson(14, 20))
     pairs = ttest_rel(better, start).confidence_interval(0.95)
     assert rows["gain"]["libero_object"] == shown(30, [100 * end for end in pairs], "+")
@@ -141,7 +141,7 @@ def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
     assert rows["VLA-RL"]["libero_goal"] == shown(190 / 3, seeds)
     assert rows["gain"]["libero_goal"] == shown(70 / 3, [end - 40 for end in seeds], "+")
     # All suites: seed 0 alone, which each of them has.
-    assert rows["start policy"]["all"] == shown(40, wilson(32, 80))
+    assert rows["SFT"]["all"] == shown(40, wilson(32, 80))
     assert rows["VLA-RL"]["all"] == shown(70, wilson(56, 80))
     pairs = ttest_rel(better * 4, start * 4).confidence_interval(0.95)
     assert rows["gain"]["all"] == shown(30, [100 * end for end in pairs], "+")
