@@ -403,7 +403,9 @@ def load_policy(args, ranks):
     check_memory(Needs.of_flags(folder, dtype, vars(args), **here), ranks.device)
     policy = OpenVLA.from_pretrained(folder, dtype=dtype, device="cpu" if args.shard else ranks.device)
     policy.gradient_checkpointing = args.gradient_checkpointing
-    if policy.sampling_temperature != args.eval_temperature:  # saved: evaluate the trained policy as here
+    if (
+        policy.config.get("sampling_temperature", 0.0) != args.eval_temperature
+    ):  # saved: evaluate the trained policy as here
         policy.config["sampling_temperature"] = args.eval_temperature
     return policy
 

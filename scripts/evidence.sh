@@ -63,7 +63,7 @@ learn() {
 compare() {
   local out=$RESULTS/$SUITE/$1
   shift
-  $PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$out.png" \
+  $PY -m support.compare methods --runs "$(IFS=, && echo "${runs[*]}")" --out "$out.png" \
     --results "results${EPISODES:+-$((10 * EPISODES))}.json" "$@" | tee "$out.md"
 }
 
@@ -78,7 +78,7 @@ suites() {
     fi
     for seed in $SEEDS; do learn rl "$seed"; done
   done
-  $PY -m support.report suites --results "$RESULTS" --evaluation "$result" --out "$RESULTS/suites.png" |
+  $PY -m support.compare suites --results "$RESULTS" --evaluation "$result" --out "$RESULTS/suites.png" |
     tee "$RESULTS/suites.md"
 }
 

@@ -44,4 +44,4 @@ for mode in $MODES; do
     fi
   done
 done
-$PY -m support.report compare --runs "$(IFS=, && echo "${runs[*]}")" --out "$OUT/success.png" | tee "$OUT/success.md"
+$PY -m support.compare methods --runs "$(IFS=, && echo "${runs[*]}")" --out "$OUT/success.png" | tee "$OUT/success.md"

@@ -53,12 +53,11 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
     except failures as exc:
         shutil.rmtree(temporary, ignore_errors=True)
         why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
-        before = any(
-            p.name.isdigit() for p in root.glob("*")
-        )  # not at the start, nor where the directory was deleted
+        # None at the start, and none where somebody deleted the directory.
+        earlier = any(path.name.isdigit() for path in root.glob("*"))
         next_step = (
             f"the previous one is intact. Free some space, then: python train.py --resume {out}"
-            if before
+            if earlier
             else "there is no other. Free some space, then start again"
         )
         raise UserError(f"cannot write the checkpoint {final}: {why}; {next_step}") from exc

@@ -1,11 +1,9 @@
 """What a run shows a person: success curve, films, the table before / after, and report.html, which has all of it on one page.
 
     python -m support.report page --run runs/libero_object-seed0
-    python -m support.report compare --runs runs/rl-sum-seed0,runs/rl-none-seed0 --out comparison.png
-    python -m support.report pair --before runs/eval-start --after runs/eval-trained --film before_after.gif
-    python -m support.report suites --results results --out suites.png
 
 Everything here reads the files of a run and changes none of them, so it may be called at any time, while the run goes on too.
+Several runs, seeds or policies beside each other: support/compare.py.
 """
 
 import base64
@@ -23,17 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from support.cli import flag, parse_command
+from support.cli import parse_command
 from support.errors import UserError, main_guard
 from support.files import atomic_write, write_film
-from support.statistics import difference_interval, t_interval, wilson_interval
+from support.statistics import difference_interval, wilson_interval
 
 # --------------------------------------------------------------------------------------------------------------------
 # A run's files
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _figure(**settings):
+def new_figure(**settings):
     from matplotlib.figure import Figure  # late: it takes half a second to import
 
     return Figure(**settings)
@@ -84,7 +82,7 @@ def _percent_with_bars(successes, episodes):
     return 100 * rates, 100 * np.stack([rates - low, high - rates]).clip(0)
 
 
-def _draw_curve(ax, lines, points):
+def draw_curve(ax, lines, points):
     x, wins, episodes = np.array(
         [[m["charts/decisions"], m["charts/successes"], m["charts/episodes"]] for m in lines], float
     ).reshape(-1, 3).T  # fmt: skip
@@ -108,7 +106,7 @@ def _draw_curve(ax, lines, points):
         ax.legend(loc="lower right", fontsize=8)
 
 
-def _save_png(figure, path):
+def save_png(figure, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.png")
@@ -129,91 +127,11 @@ def plot_curve(lines, path, title, results=()):
 
     lines: of metrics.jsonl, as dicts. results: results.json, if the run has one.
     """
-    figure = _figure(figsize=(7, 4), dpi=130, layout="tight")
+    figure = new_figure(figsize=(7, 4), dpi=130, layout="tight")
     ax = figure.subplots()
-    _draw_curve(ax, lines, evaluation_points(lines, dict(results)))
+    draw_curve(ax, lines, evaluation_points(lines, dict(results)))
     ax.set_title(title, parse_math=False)
-    _save_png(figure, path)
-
-
-def compare(runs, path, results_file="results.json"):
-    """Success against decisions of several methods: a thin line for each run, a thick one for the mean over seeds.
-
-    runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds.
-    results_file: what has the last evaluation, in each directory.
-    Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
-    """
-    methods = {}  # name -> {seed: evaluation points}
-    for run in runs:
-        config, lines, results = read_run(run, results_file)
-        points = evaluation_points(lines, results)
-        if not points:
-            raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
-        method = re.sub(r"-seed\d+$", "", Path(run).name)
-        methods.setdefault(method, {})[config["seed"]] = points
-
-    figure = _figure(figsize=(7, 4), dpi=130, layout="tight")
-    ax = figure.subplots()
-    for k, (method, seeds) in enumerate(methods.items()):
-        curves = [{at: 100 * wins / n for at, wins, n in points} for points in seeds.values()]
-        for curve in curves:
-            ax.plot(curve.keys(), curve.values(), lw=0.8, alpha=0.5, color=f"C{k}")
-        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-        if not shared:
-            raise UserError(f"the runs {method}-seed… were not evaluated at any common number of decisions")
-        rates = np.array([[curve[at] for at in shared] for curve in curves])  # (seeds, points)
-        mean, (low, high) = rates.mean(axis=0), np.array([t_interval(at) for at in rates.T]).T
-        bars = np.stack([mean - low, high - mean]) if len(curves) > 1 else None
-        name = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-        ax.errorbar(
-            shared, mean, yerr=bars, fmt="o-", ms=4, lw=2, elinewidth=1, capsize=3, label=name, color=f"C{k}"
-        )
-    ax.set(xlabel="decisions", ylabel="success rate on test states (%)", ylim=(0, 100))
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", fontsize=8)
-    _save_png(figure, path)
-    return _methods_table(methods)
-
-
-def _methods_table(methods):
-    """Markdown: the last evaluation of every method and seed, {method: {seed: evaluation points}}."""
-    first, numbers = next(iter(methods)), sorted({seed for seeds in methods.values() for seed in seeds})
-    head = [
-        "",
-        *(f"seed {seed}" for seed in numbers),
-        "mean",
-        "95 %",
-        f"minus {first}",
-        "95 %",
-        "decisions",
-        "episodes each",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    last = {
-        method: {seed: 100 * points[-1][1] / points[-1][2] for seed, points in seeds.items()}
-        for method, seeds in methods.items()
-    }
-
-    def with_interval(values, sign=""):
-        if not values:
-            return ["", ""]
-        low, high = t_interval(values)
-        return [
-            f"{np.mean(values):{sign}.1f}",
-            "" if math.isnan(low) else f"{low:{sign}.1f} to {high:{sign}.1f}",
-        ]
-
-    for method, rates in last.items():
-        cells = [f"{rates[seed]:.1f}" if seed in rates else "" for seed in numbers]
-        common = [seed for seed in rates if seed in last[first] and method != first]
-        cells += with_interval(list(rates.values()))
-        cells += with_interval([rates[seed] - last[first][seed] for seed in common], "+")
-        for column in (0, 2):  # decisions, episodes
-            found = sorted({points[-1][column] for points in methods[method].values()})
-            cells.append(" / ".join(f"{number:,}" for number in found))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    save_png(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -298,133 +216,6 @@ def before_after_table(rows):
     return "\n".join(lines)
 
 
-def _read_evaluation(file):
-    """eval.py's results.json and {(task, test state): success}."""
-    try:
-        result = json.loads(Path(file).read_text())
-        return result, {(e["task_id"], e["init_state"]): e["success"] for e in result["episodes"]}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise UserError(f"{file} is no result of eval.py ({type(exc).__name__}: {exc})") from exc
-
-
-def pair(before, after, film=None):
-    """Two evaluations of eval.py (directories, or their results.json) on the same episodes, as text: a table per task and the
-    difference, with its 95 % interval over pairs of episodes. film: GIF of a state that was lost and is won now."""
-    folders = [path if path.is_dir() else path.parent for path in (Path(before), Path(after))]
-    files = [path / "results.json" if path.is_dir() else path for path in (Path(before), Path(after))]
-    (start, trained), episodes = zip(*map(_read_evaluation, files), strict=True)
-    results = {"start": start, "trained": trained}
-    settings = [(r["suite"], r["settings"].get("fresh", False)) for r in results.values()]
-    if settings[0] != settings[1] or episodes[0].keys() != episodes[1].keys():
-        raise UserError(f"{before} and {after} are not of the same episodes: give eval.py the same flags")
-    gains = [int(episodes[1][key]) - int(episodes[0][key]) for key in episodes[0]]
-    low, high = t_interval(gains)
-    lines = [
-        before_after_table(results),
-        "",
-        f"{100 * np.mean(gains):+.1f} points on the same {len(gains)} episodes, 95 % from {100 * low:.1f} to {100 * high:.1f}: "
-        f"{gains.count(1)} failed before and succeed now, {gains.count(-1)} the other way",
-    ]
-    if film:
-        if not before_after_gif(film, *(folder / "videos" for folder in folders)):
-            raise UserError(
-                f"no film: neither {before} nor {after} shows a state that was lost and is won now (--video)"
-            )
-        lines.append(f"film: {film}")
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Table 1
-# --------------------------------------------------------------------------------------------------------------------
-
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-
-
-def suites(directory, picture=None, evaluation="results-500.json"):
-    """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
-
-    Reads DIRECTORY/SUITE/start/EVALUATION and DIRECTORY/SUITE/rl-seed*/EVALUATION, which eval.py wrote, on the same test
-    episodes. Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain a
-    t interval over the pairs of episodes. The last column counts every suite's episodes alike and takes the seeds that all
-    suites have. A suite or a seed without a file is left out. picture: PNG of the curves of training, a panel per suite.
-    """
-    columns, runs = {}, {}
-    for suite in SUITES:
-        start = Path(directory) / suite / "start" / evaluation
-        runs[suite] = {
-            int(run.name.removeprefix("rl-seed")): run
-            for run in sorted(Path(directory, suite).glob("rl-seed*"))
-            if (run / evaluation).exists()
-        }
-        if not (start.exists() and runs[suite]):
-            continue
-        before = _read_evaluation(start)[1]
-        after = {seed: _read_evaluation(run / evaluation)[1] for seed, run in runs[suite].items()}
-        for seed, episodes in after.items():
-            if episodes.keys() != before.keys():
-                raise UserError(f"{runs[suite][seed] / evaluation} and {start} are not of the same episodes")
-        won = {seed: np.array([episodes[key] for key in before], int) for seed, episodes in after.items()}
-        columns[suite] = np.array(list(before.values()), int), won
-    if not columns:
-        raise UserError(
-            f"no {evaluation} in {directory}/SUITE/start and {directory}/SUITE/rl-seed*, for no suite: eval.py writes them"
-        )
-    shared = sorted(set.intersection(*(set(won) for _, won in columns.values())))
-    if len(columns) == len(SUITES) and shared:
-        start, won = zip(*columns.values(), strict=True)
-        columns["all"] = np.concatenate(start), {k: np.concatenate([w[k] for w in won]) for k in shared}
-
-    rows = {"SFT": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
-    for start, won in columns.values():
-        won = np.array(list(won.values()))  # (seeds, episodes)
-        several = len(won) > 1
-        rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
-        cells = (
-            _cell(100 * start.mean(), _percent(wilson_interval(start.sum(), start.size))),
-            _cell(
-                rates.mean(), t_interval(rates) if several else _percent(wilson_interval(won.sum(), won.size))
-            ),
-            _cell(gains.mean(), t_interval(gains.mean(axis=1) if several else gains[0]), "+"),
-            str(len(won)),
-            str(start.size),
-        )
-        for row, cell in zip(rows.values(), cells, strict=True):
-            row.append(cell)
-    if picture:
-        _draw_suites(runs, Path(directory), evaluation, picture)
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()])
-
-
-def _percent(interval):
-    return tuple(100 * end for end in interval)
-
-
-def _cell(mean, interval, sign=""):
-    low, high = interval
-    return f"{mean:{sign}.1f} ({low:.1f} to {high:.1f})"
-
-
-def _draw_suites(runs, directory, evaluation, path):
-    """A panel per suite: success in training, and on the test states before and after; a line for each seed."""
-    runs = {suite: seeds for suite, seeds in runs.items() if seeds}
-    figure = _figure(figsize=(3 * len(runs), 3), dpi=130, layout="tight")
-    for ax, (suite, seeds) in zip(figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items()):
-        start = json.loads((directory / suite / "start" / evaluation).read_text())
-        for run in seeds.values():
-            _, lines, results = read_run(run, evaluation)
-            _draw_curve(ax, lines, evaluation_points(lines, results | {"start": start}))
-        ax.set(title=f"{suite}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", ylim=(0, 102))
-        ax.locator_params(axis="x", nbins=4)
-        handles, labels = ax.get_legend_handles_labels()
-        ax.get_legend().remove()
-        if ax is not figure.axes[0]:
-            ax.set_ylabel("")
-    figure.axes[-1].legend(handles[:2], labels[:2], loc="best", fontsize=7)
-    _save_png(figure, path)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # One page
 # --------------------------------------------------------------------------------------------------------------------
@@ -480,7 +271,7 @@ def write_report(directory):
         f"<p class=note>{done:,} of {total:,} decisions, written {time.strftime('%Y-%m-%d %H:%M')}. A decision is one action of "
         f"the policy. To go on after a stop: <code>{resume}</code></p>",
         "<h2>Success</h2>",
-        _chart(lambda ax: _draw_curve(ax, lines, points), "success against decisions", size=(6.4, 3.3)),
+        _chart(lambda ax: draw_curve(ax, lines, points), "success against decisions", size=(6.4, 3.3)),
         _task_bars(results),
         "<h2>Films</h2>",
         _films(directory),
@@ -545,7 +336,7 @@ def _number(value):
 
 def _chart(draw, caption, size=(3.6, 2.3)):
     """Figure as an image inside the page; draw(ax) draws it."""
-    figure = _figure(figsize=size, layout="tight")
+    figure = new_figure(figsize=size, layout="tight")
     draw(figure.subplots())
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
@@ -654,51 +445,12 @@ class PageArgs:
     )
 
 
-@dataclass
-class CompareArgs:
-    runs: list[str] = field(metadata={"help": "run directories METHOD-seedS of train.py, comma-separated"})
-    out: str = flag("runs/comparison.png", "PNG to write")
-    results: str = flag("results.json", "in each directory, the file with the last evaluation")
-
-
-@dataclass
-class PairArgs:
-    before: str = field(
-        metadata={"help": "evaluation of the start policy: eval.py's directory or results.json"}
-    )
-    after: str = field(metadata={"help": "evaluation of the trained policy on the same episodes"})
-    film: str | None = flag(
-        None, "GIF to write of a state that was lost and is won now", default="none; both need --video"
-    )
-
-
-@dataclass
-class SuitesArgs:
-    results: str = flag("results", "directory with SUITE/start and SUITE/rl-seedS of the four suites")
-    out: str | None = flag(None, "PNG to write of the curves, a panel per suite", default="none")
-    evaluation: str = flag("results-500.json", "in each of those directories, eval.py's file")
-
-
 @main_guard
 def main():
-    commands = {
-        "page": (PageArgs, "one page with everything about a run"),
-        "compare": (
-            CompareArgs,
-            "several methods and seeds: one plot, and a table with differences and intervals over seeds",
-        ),
-        "pair": (PairArgs, "two evaluations of the same episodes: a table per task and the difference"),
-        "suites": (SuitesArgs, "Table 1: the four suites before and after training, with intervals"),
-    }
-    command, args = parse_command(commands, "What finished and running trainings show.")
-    if command == "page":
-        print(write_report(args.run))
-    elif command == "compare":
-        print(compare(args.runs, args.out, args.results))
-    elif command == "suites":
-        print(suites(args.results, args.out, args.evaluation))
-    else:
-        print(pair(args.before, args.after, args.film))
+    _, args = parse_command(
+        {"page": (PageArgs, "one page with everything about a run")}, "What a training shows."
+    )
+    print(write_report(args.run))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ SCRIPTS = ("demos.py", "sft.py", "-m scripts.rprm", "train.py", "eval.py")
 MODULES = (
     "bench",
     "support.report",
+    "support.compare",
     "models.merge",
 )  # python -m, which may import what is slow before --help
 SUBCOMMANDS = {
     "-m scripts.rprm": ("label", "train", "score", "record"),
-    "-m support.report": ("page", "compare", "pair", "suites"),
+    "-m support.report": ("page",),
+    "-m support.compare": ("methods", "pair", "suites"),
     "-m bench": tuple(
         p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
     ),
@@ -197,6 +199,7 @@ for script, *command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             if script.startswith("-m "):
+                sys.modules.pop(script[3:], None)  # one before may have imported it, of which runpy warns
                 runpy.run_module(script[3:], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(script, run_name="__main__")
@@ -410,9 +413,9 @@ def test_sizes_of_openvla_tiny():
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "results.md"], ids=lambda page: page.name)
 def test_table_1_is_what_the_result_files_give(page):
-    from support import report
+    from support import compare
 
-    table = report.suites(ROOT / "results")
+    table = compare.suites(ROOT / "results")
     assert table in page.read_text(encoding="utf-8"), f"paste this into {page.name}:\n{table}"
 
 

@@ -500,6 +500,18 @@ def test_padding_that_a_tokenizer_file_asks_for_is_not_ours():
         assert torch.equal(mine, theirs)
 
 
+def test_tiny_without_a_temperature_acts_at_a_given_one_alone(small, tmp_path):
+    """Checkpoints from before it stood in them: greedily they get stuck, which looks like a bad policy."""
+    small.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    del config["sampling_temperature"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    old = OpenVLA.from_pretrained(str(tmp_path / "m"))
+    assert old.temperature_or_own(0.6) == 0.6 and old.temperature_or_own(0.0) == 0
+    with pytest.raises(UserError, match="at which temperature it acts: give --temperature"):
+        old.temperature_or_own(None)
+
+
 def set_temperature(folder, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "sampling_temperature": value}))

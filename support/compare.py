@@ -1,0 +1,304 @@
+"""Several runs or policies beside each other: methods and seeds, two evaluations of the same episodes, the paper's Table 1.
+
+    python -m support.compare methods --runs runs/full-seed0,runs/full-seed1,runs/none-seed0 --out comparison.png
+    python -m support.compare pair --before runs/eval-start --after runs/eval-trained --film before_after.gif
+    python -m support.compare suites --results results --out suites.png
+
+Reads what train.py and eval.py wrote, and changes none of it.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from support.cli import flag, parse_command
+from support.errors import UserError, main_guard
+from support.report import (
+    before_after_gif,
+    before_after_table,
+    draw_curve,
+    evaluation_points,
+    new_figure,
+    read_run,
+    save_png,
+)
+from support.statistics import t_interval, wilson_interval
+
+# --------------------------------------------------------------------------------------------------------------------
+# Methods and seeds
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def methods(runs, path, results_file="results.json"):
+    """Success against decisions of several methods: a thin line for each run, a thick one for the mean over seeds.
+
+    runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds.
+    results_file: what has the last evaluation, in each directory.
+    Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
+    """
+    methods = {}  # name -> {seed: evaluation points}
+    for run in runs:
+        config, lines, results = read_run(run, results_file)
+        points = evaluation_points(lines, results)
+        if not points:
+            raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
+        method = re.sub(r"-seed\d+$", "", Path(run).name)
+        methods.setdefault(method, {})[config["seed"]] = points
+
+    figure = new_figure(figsize=(7, 4), dpi=130, layout="tight")
+    ax = figure.subplots()
+    for k, (method, seeds) in enumerate(methods.items()):
+        curves = [{at: 100 * wins / n for at, wins, n in points} for points in seeds.values()]
+        for curve in curves:
+            ax.plot(curve.keys(), curve.values(), lw=0.8, alpha=0.5, color=f"C{k}")
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if not shared:
+            raise UserError(f"the runs {method}-seed… were not evaluated at any common number of decisions")
+        rates = np.array([[curve[at] for at in shared] for curve in curves])  # (seeds, points)
+        mean, (low, high) = rates.mean(axis=0), np.array([t_interval(at) for at in rates.T]).T
+        bars = np.stack([mean - low, high - mean]) if len(curves) > 1 else None
+        name = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+        ax.errorbar(
+            shared, mean, yerr=bars, fmt="o-", ms=4, lw=2, elinewidth=1, capsize=3, label=name, color=f"C{k}"
+        )
+    ax.set(xlabel="decisions", ylabel="success rate on test states (%)", ylim=(0, 100))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", fontsize=8)
+    save_png(figure, path)
+    return _methods_table(methods)
+
+
+def _methods_table(methods):
+    """Markdown: the last evaluation of every method and seed, {method: {seed: evaluation points}}."""
+    first, numbers = next(iter(methods)), sorted({seed for seeds in methods.values() for seed in seeds})
+    head = [
+        "",
+        *(f"seed {seed}" for seed in numbers),
+        "mean",
+        "95 %",
+        f"minus {first}",
+        "95 %",
+        "decisions",
+        "episodes each",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    last = {
+        method: {seed: 100 * points[-1][1] / points[-1][2] for seed, points in seeds.items()}
+        for method, seeds in methods.items()
+    }
+
+    def with_interval(values, sign=""):
+        if not values:
+            return ["", ""]
+        low, high = t_interval(values)
+        return [
+            f"{np.mean(values):{sign}.1f}",
+            "" if math.isnan(low) else f"{low:{sign}.1f} to {high:{sign}.1f}",
+        ]
+
+    for method, rates in last.items():
+        cells = [f"{rates[seed]:.1f}" if seed in rates else "" for seed in numbers]
+        common = [seed for seed in rates if seed in last[first] and method != first]
+        cells += with_interval(list(rates.values()))
+        cells += with_interval([rates[seed] - last[first][seed] for seed in common], "+")
+        for column in (0, 2):  # decisions, episodes
+            found = sorted({points[-1][column] for points in methods[method].values()})
+            cells.append(" / ".join(f"{number:,}" for number in found))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two evaluations of the same episodes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _read_evaluation(file):
+    """eval.py's results.json and {(task, test state): success}."""
+    try:
+        result = json.loads(Path(file).read_text())
+        return result, {(e["task_id"], e["init_state"]): e["success"] for e in result["episodes"]}
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise UserError(f"{file} is no result of eval.py ({type(exc).__name__}: {exc})") from exc
+
+
+def pair(before, after, film=None):
+    """Two evaluations of eval.py (directories, or their results.json) on the same episodes, as text: a table per task and the
+    difference, with its 95 % interval over pairs of episodes. film: GIF of a state that was lost and is won now."""
+    folders = [path if path.is_dir() else path.parent for path in (Path(before), Path(after))]
+    files = [path / "results.json" if path.is_dir() else path for path in (Path(before), Path(after))]
+    (start, trained), episodes = zip(*map(_read_evaluation, files), strict=True)
+    results = {"start": start, "trained": trained}
+    settings = [(r["suite"], r["settings"].get("fresh", False)) for r in results.values()]
+    if settings[0] != settings[1] or episodes[0].keys() != episodes[1].keys():
+        raise UserError(f"{before} and {after} are not of the same episodes: give eval.py the same flags")
+    gains = [int(episodes[1][key]) - int(episodes[0][key]) for key in episodes[0]]
+    low, high = t_interval(gains)
+    lines = [
+        before_after_table(results),
+        "",
+        f"{100 * np.mean(gains):+.1f} points on the same {len(gains)} episodes, 95 % from {100 * low:.1f} to {100 * high:.1f}: "
+        f"{gains.count(1)} failed before and succeed now, {gains.count(-1)} the other way",
+    ]
+    if film:
+        if not before_after_gif(film, *(folder / "videos" for folder in folders)):
+            raise UserError(
+                f"no film: neither {before} nor {after} shows a state that was lost and is won now (--video)"
+            )
+        lines.append(f"film: {film}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Table 1
+# --------------------------------------------------------------------------------------------------------------------
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
+
+def suites(directory, picture=None, evaluation="results-500.json"):
+    """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
+
+    Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain a t interval
+    over the pairs of episodes. The last column counts every suite's episodes alike and takes the seeds that all suites have.
+    directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
+    panel per suite. Raises UserError where there is nothing at all.
+    """
+    found = {suite: _read_suite(Path(directory) / suite, evaluation) for suite in SUITES}
+    found = {suite: results for suite, results in found.items() if results}
+    if not found:
+        raise UserError(
+            f"no {evaluation} in {directory}/SUITE/start and {directory}/SUITE/rl-seed*, for no suite: eval.py writes them"
+        )
+    columns = dict(found)
+    shared = set.intersection(*(set(won) for _, won in columns.values()))
+    if len(columns) == len(SUITES) and shared:
+        start, won = zip(*columns.values(), strict=True)
+        columns["all"] = np.concatenate(start), {k: np.concatenate([w[k] for w in won]) for k in shared}
+
+    rows = {"SFT": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
+    for start, won in columns.values():
+        won = np.array(list(won.values()))  # (seeds, episodes)
+        rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
+        one = len(won) == 1
+        rows["SFT"].append(_cell(100 * start.mean(), _wilson(start)))
+        rows["VLA-RL"].append(_cell(rates.mean(), _wilson(won[0]) if one else t_interval(rates)))
+        rows["gain"].append(_cell(gains.mean(), t_interval(gains[0] if one else gains.mean(axis=1)), "+"))
+        rows["seeds"].append(str(len(won)))
+        rows["episodes each"].append(str(start.size))
+    if picture:
+        _draw_suites({suite: won for suite, (_, won) in found.items()}, Path(directory), evaluation, picture)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()])
+
+
+def _read_suite(directory, evaluation):
+    """(start, {seed: trained}): who won which episode, each (episodes,) int 0 or 1 in the same order. None where either lacks.
+
+    Of DIRECTORY/start/EVALUATION and DIRECTORY/rl-seedS/EVALUATION, which eval.py wrote. Raises UserError where these are not
+    of the same episodes or not sampled alike: a greedy evaluation beside a sampled one says nothing about training.
+    """
+    file = directory / "start" / evaluation
+    runs = {
+        int(m[1]): m.string for m in (re.fullmatch(r"rl-seed(\d+)", p.name) for p in directory.glob("*")) if m
+    }
+    trained = {seed: directory / runs[seed] / evaluation for seed in sorted(runs)}
+    trained = {seed: path for seed, path in trained.items() if path.exists()}
+    if not (file.exists() and trained):
+        return None
+    start, before = _read_evaluation(file)
+    won = {}
+    for seed, path in trained.items():
+        result, after = _read_evaluation(path)
+        for name in ("suite", "temperature", "whole_vocabulary", "fresh"):
+            one, other = (r["settings"].get(name) for r in (start, result))
+            if one != other:
+                raise UserError(f"{file} and {path} are not alike: {name} is {one} and {other}")
+        if after.keys() != before.keys():
+            raise UserError(f"{file} and {path} are not of the same episodes")
+        won[seed] = np.array([after[key] for key in before], int)
+    return np.array(list(before.values()), int), won
+
+
+def _wilson(won):
+    return tuple(100 * end for end in wilson_interval(won.sum(), won.size))
+
+
+def _cell(mean, interval, sign=""):
+    low, high = interval
+    return f"{mean:{sign}.1f} ({low:.1f} to {high:.1f})"
+
+
+def _draw_suites(seeds, directory, evaluation, path):
+    """A panel per suite, {suite: its seeds}: success in training, and on the test states before and after, a line each."""
+    figure = new_figure(figsize=(3 * len(seeds), 3), dpi=130, layout="tight")
+    for ax, suite in zip(figure.subplots(1, len(seeds), sharey=True, squeeze=False)[0], seeds, strict=True):
+        start, _ = _read_evaluation(directory / suite / "start" / evaluation)
+        for seed in seeds[suite]:
+            _, lines, results = read_run(directory / suite / f"rl-seed{seed}", evaluation)
+            draw_curve(ax, lines, evaluation_points(lines, results | {"start": start}))
+        ax.set_title(f"{suite}, {len(seeds[suite])} seed{'s' * (len(seeds[suite]) > 1)}")
+        ax.locator_params(axis="x", nbins=4)
+        ax.get_legend().remove()  # one for all
+        ax.label_outer()
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[:2], labels[:2], loc="best", fontsize=7)
+    save_png(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MethodsArgs:
+    runs: list[str] = field(metadata={"help": "run directories METHOD-seedS of train.py, comma-separated"})
+    out: str = flag("runs/comparison.png", "PNG to write")
+    results: str = flag("results.json", "in each directory, the file with the last evaluation")
+
+
+@dataclass
+class PairArgs:
+    before: str = field(
+        metadata={"help": "evaluation of the start policy: eval.py's directory or results.json"}
+    )
+    after: str = field(metadata={"help": "evaluation of the trained policy on the same episodes"})
+    film: str | None = flag(
+        None, "GIF to write of a state that was lost and is won now", default="none; both need --video"
+    )
+
+
+@dataclass
+class SuitesArgs:
+    results: str = flag("results", "directory with SUITE/start and SUITE/rl-seedS of the four suites")
+    out: str | None = flag(None, "PNG to write of the curves, a panel per suite", default="none")
+    evaluation: str = flag("results-500.json", "in each of those directories, eval.py's file")
+
+
+@main_guard
+def main():
+    commands = {
+        "methods": (
+            MethodsArgs,
+            "several methods and seeds: one plot, and a table with differences and intervals over seeds",
+        ),
+        "pair": (PairArgs, "two evaluations of the same episodes: a table per task and the difference"),
+        "suites": (SuitesArgs, "Table 1: the four suites before and after training, with intervals"),
+    }
+    command, args = parse_command(commands, "Runs, seeds and policies beside each other.")
+    if command == "methods":
+        print(methods(args.runs, args.out, args.results))
+    elif command == "pair":
+        print(pair(args.before, args.after, args.film))
+    else:
+        print(suites(args.results, args.out, args.evaluation))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Several runs and policies beside each other: methods and seeds, pairs of evaluations, Table 1."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import compare, report
+from support.episodes import EvalResult, write_episode_film
+from support.errors import UserError
+
+
+def film(directory, task, success, length, grey):
+    frames = [np.full((256, 256, 3), grey, np.uint8)] * length
+    write_episode_film(
+        directory, frames, {"task_id": task, "init_state": 0, "success": success, "steps": 4 * length}, 4
+    )
+
+
+def an_evaluation(directory, wins, **settings):
+    """What eval.py leaves of one episode per task."""
+    episodes = [
+        {"task_id": i, "init_state": 0, "success": bool(won), "steps": 40} for i, won in enumerate(wins)
+    ]
+    result = EvalResult("libero_object", [f"task {i}" for i in range(len(wins))], episodes)
+    directory.mkdir()
+    (directory / "results.json").write_text(json.dumps({"settings": settings, **result.to_dict()}))
+    return directory
+
+
+def test_pair_counts_the_episodes_that_changed_sides(tmp_path):
+    """Of 20 episodes 8 are won and 2 lost: the interval is that of scipy's paired t test."""
+    from scipy.stats import ttest_rel
+
+    before, after = [0] * 8 + [1] * 2 + [1] * 6 + [0] * 4, [1] * 8 + [0] * 2 + [1] * 6 + [0] * 4
+    a, b = an_evaluation(tmp_path / "a", before), an_evaluation(tmp_path / "b", after)
+    text = compare.pair(a, b / "results.json")
+    low, high = ttest_rel(after, before).confidence_interval(0.95)
+    assert f"+30.0 points on the same 20 episodes, 95 % from {100 * low:.1f} to {100 * high:.1f}: " in text
+    assert "8 failed before and succeed now, 2 the other way" in text
+    assert text.count("\n| ") == 22 and "| all | 20 |  40.0 %" in text  # head, 20 tasks, all
+
+
+def test_pair_shows_a_film(tmp_path):
+    a, b = an_evaluation(tmp_path / "a", [0]), an_evaluation(tmp_path / "b", [1])
+    with pytest.raises(UserError, match="shows a state that was lost and is won now"):
+        compare.pair(a, b, tmp_path / "both.gif")
+    film(a / "videos", 0, False, 4, 90)
+    film(b / "videos", 0, True, 4, 90)
+    assert compare.pair(a, b, tmp_path / "both.gif").endswith(f"film: {tmp_path / 'both.gif'}")
+    assert (tmp_path / "both.gif").exists()
+
+
+def test_what_cannot_be_paired_is_one_line(tmp_path):
+    a, b = an_evaluation(tmp_path / "a", [0]), an_evaluation(tmp_path / "b", [1, 1])
+    fresh = an_evaluation(tmp_path / "c", [1], fresh=True)
+    for other, what in (
+        (b, "not of the same episodes"),
+        (fresh, "not of the same episodes"),
+        (tmp_path, "is no result"),
+    ):
+        with pytest.raises(UserError, match=what) as error:
+            compare.pair(a, other)
+        assert "\n" not in str(error.value)
+
+
+def the_suites(folder, wins):
+    """results/ with the start policy's episodes {suite: wins} and those of trained ones {(suite, seed): wins}."""
+    for key, won in wins.items():
+        suite, name = (key, "start") if isinstance(key, str) else (key[0], f"rl-seed{key[1]}")
+        (folder / suite).mkdir(parents=True, exist_ok=True)
+        an_evaluation(folder / suite / name, won)
+        if name != "start":
+            (folder / suite / name / "config.json").write_text(json.dumps({"seed": key[1]}))
+            lines = [
+                {"charts/decisions": 512 * k, "charts/episodes": 20, "charts/successes": k} for k in (1, 2, 3)
+            ]
+            (folder / suite / name / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
+    return folder
+
+
+def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
+    from scipy.stats import ttest_1samp, ttest_rel
+
+    start, better, best = [0] * 12 + [1] * 8, [0] * 6 + [1] * 14, [0] * 4 + [1] * 16
+    wins = {(suite, 0): better for suite in compare.SUITES} | {suite: start for suite in compare.SUITES}
+    wins |= {("libero_goal", 1): best, ("libero_goal", 7): start}
+    folder = the_suites(tmp_path / "results", wins)
+    (folder / "libero_object" / "rl-seed1").mkdir()  # not evaluated yet: no row counts it
+    table = compare.suites(folder, tmp_path / "suites.png", "results.json").splitlines()
+    rows = {cells[0]: dict(zip(names, cells[1:], strict=True)) for names, cells in (
+        (table[0].strip("| ").split(" | "), line.strip("| ").split(" | ")) for line in table[2:]
+    )}  # fmt: skip
+    assert list(rows["seeds"]) == [*compare.SUITES, "all"]
+    assert list(rows["seeds"].values()) == ["1", "1", "3", "1", "1"]
+    assert list(rows["episodes each"].values()) == ["20", "20", "20", "20", "80"]
+
+    def shown(mean, interval, sign=""):
+        return f"{mean:{sign}.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
+
+    def wilson(k, n):  # from its formula
+        z, p = 1.959964, k / n
+        middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + (z / 2 / n) ** 2) ** 0.5
+        return [100 * (middle + side * half) / (1 + z * z / n) for side in (-1, 1)]
+
+    assert rows["SFT"]["libero_object"] == shown(40, wilson(8, 20))
+    assert rows["VLA-RL"]["libero_object"] == shown(70, wilson(14, 20))
+    pairs = ttest_rel(better, start).confidence_interval(0.95)
+    assert rows["gain"]["libero_object"] == shown(30, [100 * end for end in pairs], "+")
+    seeds = ttest_1samp([70, 80, 40], 0).confidence_interval(0.95)
+    assert rows["VLA-RL"]["libero_goal"] == shown(190 / 3, seeds)
+    assert rows["gain"]["libero_goal"] == shown(70 / 3, [end - 40 for end in seeds], "+")
+    # All suites: seed 0 alone, which each of them has.
+    assert rows["SFT"]["all"] == shown(40, wilson(32, 80))
+    assert rows["VLA-RL"]["all"] == shown(70, wilson(56, 80))
+    pairs = ttest_rel(better * 4, start * 4).confidence_interval(0.95)
+    assert rows["gain"]["all"] == shown(30, [100 * end for end in pairs], "+")
+    with Image.open(tmp_path / "suites.png") as picture:
+        assert picture.width > 3 * picture.height  # four panels
+
+
+def test_table_1_leaves_out_what_is_missing_and_refuses_other_episodes(tmp_path):
+    with pytest.raises(UserError, match="no results.json in"):
+        compare.suites(tmp_path, evaluation="results.json")
+    wins = {"libero_goal": [0, 1], ("libero_goal", 0): [1, 1], "libero_10": [0, 1]}
+    folder = the_suites(tmp_path / "a", wins)
+    assert compare.suites(folder, evaluation="results.json").splitlines()[0] == "| | libero_goal |"
+    # A suite whose start policy was not evaluated, and a run that was set aside: in the figure neither.
+    wins |= {("libero_object", 0): [1, 1]}
+    folder = the_suites(tmp_path / "b", wins)
+    (folder / "libero_goal" / "rl-seed0-old").mkdir()
+    (folder / "libero_goal" / "rl-seed0-old" / "results.json").write_text("")
+    table = compare.suites(folder, tmp_path / "suites.png", "results.json")
+    assert table.splitlines()[0] == "| | libero_goal |" and (tmp_path / "suites.png").exists()
+    folder = the_suites(tmp_path / "c", wins | {("libero_goal", 0): [1, 1, 1]})
+    with pytest.raises(UserError, match="not of the same episodes"):
+        compare.suites(folder, evaluation="results.json")
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"whole_vocabulary": True}, {"fresh": True}])
+def test_table_1_refuses_policies_that_acted_in_other_ways(tmp_path, setting):
+    (tmp_path / "libero_goal").mkdir()
+    common = {"temperature": 0.6, "whole_vocabulary": False, "fresh": False}
+    an_evaluation(tmp_path / "libero_goal" / "start", [0, 1], **common)
+    an_evaluation(tmp_path / "libero_goal" / "rl-seed0", [1, 1], **common | setting)
+    ((name, value),) = setting.items()
+    with pytest.raises(UserError, match=f"not alike: {name} is {common[name]} and {value}"):
+        compare.suites(tmp_path, evaluation="results.json")
+
+
+def a_run(directory, mode, seed, points, final):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"prm_mode": mode, "seed": seed}))
+    lines = []
+    for i, (at, k, n) in enumerate(points):
+        lines.append(
+            {"iteration": i + 1, "charts/decisions": at or 512, "eval/successes": k, "eval/episodes": n}
+        )
+        if at == 0:
+            lines[-1]["eval/at"] = 0
+    lines.append({"iteration": 9, "charts/decisions": 2048})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    totals = {name: {"total": {"successes": k, "episodes": n}} for name, (k, n) in final.items()}
+    (directory / "results.json").write_text(json.dumps(totals))
+    return str(directory)
+
+
+def points(run):
+    _, lines, results = report.read_run(run)
+    return report.evaluation_points(lines, results)
+
+
+def test_comparison_takes_seeds_as_samples_and_prefers_the_longer_final_evaluation(tmp_path):
+    both, alone = [(0, 4, 10), (1024, 6, 10)], [(0, 5, 10)]
+    runs = {
+        ("full", 0): (20, 40),
+        ("full", 1): (30, 45),
+        ("full", 2): (25, 41),
+        ("none", 0): (25, 30),
+        ("none", 1): (26, 41),
+    }
+    names = []
+    for (method, seed), (start, trained) in runs.items():
+        final = {"start": (start, 50), "trained": (trained, 50)}
+        directory = tmp_path / f"{method}-seed{seed}"
+        names.append(a_run(directory, method, seed, both if method == "full" else alone, final))
+    assert points(names[0]) == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
+    table = compare.methods(names, tmp_path / "plot.png").splitlines()
+    assert table[0].startswith("|  | seed 0 | seed 1 | seed 2 | mean | 95 % | minus full |")
+    # 80, 90, 82: mean 84, standard deviation 5.2915, t(2 degrees of freedom) 4.30265
+    half = 4.30265 * 5.2915 / 3**0.5
+    assert table[2].startswith(
+        f"| full | 80.0 | 90.0 | 82.0 | 84.0 | {84 - half:.1f} to {84 + half:.1f} |  |  | 2,048 | 50 |"
+    )
+    # -20 and -8, seed by seed: mean -14, standard deviation 8.4853, t(1) 12.7062
+    half = 12.7062 * 8.4853 / 2**0.5
+    assert "| none | 60.0 | 82.0 |  | 71.0 | " in table[3]
+    assert f"| -14.0 | {-14 - half:.1f} to +{half - 14:.1f} | 2,048 | 50 |" in table[3]
+    # eval.py's, of the run's policy: no start policy there
+    by_eval = json.dumps({"total": {"successes": 30, "episodes": 60}})
+    with pytest.raises(UserError, match="elsewhere.json"):  # not its other evaluations instead
+        compare.methods(names[3:4], tmp_path / "plot.png", "elsewhere.json")
+    (Path(names[3]) / "elsewhere.json").write_text(by_eval)
+    assert "| none | 50.0 | " in compare.methods(names[3:4], tmp_path / "plot.png", "elsewhere.json")
+    (Path(names[3]) / "results.json").write_text(by_eval)
+    assert points(names[3]) == [(0, 5, 10), (2048, 30, 60)]
+    assert Image.open(tmp_path / "plot.png").width > 500
+
+
+@pytest.mark.parametrize(
+    "points, final, what", [([], {}, "never evaluated"), ([(512, 1, 2)], {}, "common number")]
+)
+def test_runs_that_cannot_be_compared_are_one_line(tmp_path, points, final, what):
+    a = a_run(tmp_path / "none-seed0", "none", 0, points, final)
+    b = a_run(tmp_path / "none-seed1", "none", 1, [(1024, 1, 2)], final)
+    for directory in (a, b):
+        (Path(directory) / "results.json").unlink()
+    with pytest.raises(UserError, match=what):
+        compare.methods([a, b], tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()
