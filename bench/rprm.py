@@ -10,6 +10,7 @@ Three tables:
    of them without looking:
 
        episode AUROC   a success has the higher mean score than a failure
+       same task       than a failure of the same task: which tasks are easy does not count
        difference      mean score of successes - mean score of failures
        VOC, VOC-       rank correlation of the score with time, in successes, and in their films played backwards, where a
                        value should fall (-1) and a clock still rises (+1)
@@ -37,7 +38,7 @@ from simulator.recording import play, runs_by_task
 from simulator.suites import check_task_ids
 from support.cli import flag
 from support.errors import UserError
-from support.metrics import auroc, auroc_interval, kendall, mean, spearman, without_nan
+from support.metrics import auroc, auroc_interval, auroc_within, kendall, mean, spearman, without_nan
 from support.quiet import progress_bar
 
 
@@ -276,7 +277,7 @@ def backwards(name, values):
 
 def follows_the_task(runs, limits, rate):
     """The first table: {row: {column: number}}. limits: of each run, in decisions. rate: decisions per second."""
-    succeeded = np.array([run["success"] for run in runs])
+    succeeded, tasks = (np.array([run[key] for run in runs]) for key in ("success", "task_id"))
     rows = {}
     horizon = max(1, round(rate))  # a second
     all_values = [values_of(run, limit) for run, limit in zip(runs, limits, strict=True)]
@@ -298,6 +299,7 @@ def follows_the_task(runs, limits, rate):
         rows[name] = {
             "episode_auroc": separation,
             "episode_auroc_95": auroc_interval(separation, int(succeeded.sum()), int((~succeeded).sum())),
+            "same_task_auroc": auroc_within(means, succeeded, tasks),
             "difference": mean([mean(means[succeeded]) - mean(means[~succeeded])]),
             "voc": mean([spearman(film, np.arange(len(film))) for film in won]),
             "voc_reversed": mean([spearman(backwards(name, film), np.arange(len(film))) for film in won]),
@@ -408,6 +410,7 @@ def measure(args):
             for run in done:
                 score_run(reward_model, model, run, sim.instruction)
                 follow(spare, run)
+                run["task_id"] = sim.task_id
                 run["frames"] = None  # 200 kB each
             won = [run for run in done if run["success"]]
             hovers += loiter(reward_model, model, sim, won, limit, args.suite) if won else []
@@ -435,15 +438,16 @@ def show(results):
     print(
         f"{results['rprm']} on {results['suite']}, tasks {tasks}: {results['successes']} of {results['episodes']} episodes "
         f"succeeded, {results['drops']} drops\n\n"
-        f"{'':26s}{'episode AUROC (95 %)':>24s}{'difference':>12s}{'VOC':>8s}{'VOC-':>8s}{'error':>8s}{'drop AUROC':>12s}{'tau':>7s}"
+        f"{'':26s}{'episode AUROC (95 %)':>24s}{'same task':>11s}{'difference':>12s}{'VOC':>8s}{'VOC-':>8s}{'error':>8s}{'drop AUROC':>12s}{'tau':>7s}"
     )
     for name, row in results["follows_the_task"].items():
         low, high = map(number, row["episode_auroc_95"])
         separation = f"{number(row['episode_auroc']):.3f} ({low:.2f} to {high:.2f})"
+        same = number(row["same_task_auroc"])
         cells = [number(row[key]) for key in ("difference", "voc", "voc_reversed", "error", "drop_auroc")]
         tau = number(results["kendall_tau"][name])
         print(
-            f"{name:26s}{separation:>24s}{cells[0]:12.3f}{cells[1]:8.3f}{cells[2]:8.3f}{cells[3]:8.3f}{cells[4]:12.3f}{tau:7.2f}"
+            f"{name:26s}{separation:>24s}{same:11.3f}{cells[0]:12.3f}{cells[1]:8.3f}{cells[2]:8.3f}{cells[3]:8.3f}{cells[4]:12.3f}{tau:7.2f}"
         )
     s = {name: number(value) for name, value in results["spearman_with_progress"].items()}
     print(

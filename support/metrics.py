@@ -16,6 +16,19 @@ def auroc(scores, labels):
     return float((rankdata(scores)[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
+def auroc_within(scores, labels, groups):
+    """The same over pairs of one group only, so that knowing which groups have more positives is worth nothing; NaN where no
+    group has both classes."""
+    scores, labels, groups = np.asarray(scores), np.asarray(labels, bool), np.asarray(groups)
+    won = pairs = 0
+    for group in np.unique(groups):
+        rows = groups == group
+        n = int(labels[rows].sum()) * int((~labels[rows]).sum())
+        if n:
+            won, pairs = won + n * auroc(scores[rows], labels[rows]), pairs + n
+    return won / pairs if pairs else math.nan
+
+
 def auroc_interval(value, positives, negatives):
     """95 % interval [low, high] of an AUROC from so many positives and negatives (Hanley and McNeil, 1982); NaN for NaN."""
     if math.isnan(value):

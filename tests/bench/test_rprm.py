@@ -19,10 +19,21 @@ from support.metrics import kendall, without_nan
 
 def test_report_of_made_up_runs(capsys):
     """Two successes and a failure: the loitering arithmetic, the correlations, the tables."""
-    finishes = {"success": True, "scores": [0.5, 0.6, 0.9], "state_scores": [0.5, 0.6, 0.9, 0.0]}
+    finishes = {
+        "task_id": 0,
+        "success": True,
+        "scores": [0.5, 0.6, 0.9],
+        "state_scores": [0.5, 0.6, 0.9, 0.0],
+    }
     finishes |= {"progress": [0, 0.3, 0.5, 1], "dropped": [False] * 4}
     slower = {**finishes, "scores": [0.1, 0.6, 0.9]}
-    fails = {"success": False, "scores": [0.4] * 60, "state_scores": [0.4] * 61, "dropped": [False] * 61}
+    fails = {
+        "task_id": 0,
+        "success": False,
+        "scores": [0.4] * 60,
+        "state_scores": [0.4] * 61,
+        "dropped": [False] * 61,
+    }
     fails["progress"] = [0.0] + [0.2] * 60
     hovers = {"success": False, "scores": [0.5, 0.6] + [0.9] * 60, "state_scores": [0.5, 0.6] + [0.9] * 61}
     # hovered, and the object fell in: left out
@@ -66,7 +77,7 @@ def test_what_a_clock_passes_and_what_not():
     """Scores that follow the task, and a clock: both agree with time; films backwards, drops and policies tell them apart."""
     rng = np.random.default_rng(0)
 
-    def run(T, success, drop=None):
+    def run(T, success, drop=None, task_id=0):
         truth = np.linspace(0, 1 if success else 0.6, T + 1)
         dropped = np.zeros(T + 1, bool)
         if drop is not None:
@@ -74,6 +85,7 @@ def test_what_a_clock_passes_and_what_not():
             dropped[drop] = True
         scores = np.clip(truth + 0.01 * rng.normal(size=T + 1), 0, 1)
         return {
+            "task_id": task_id,
             "success": success,
             "scores": scores[:T],
             "state_scores": scores,
@@ -98,6 +110,10 @@ def test_what_a_clock_passes_and_what_not():
     assert score["difference"] > 0.1 > 0 > clock["difference"]
     total = table["sum of scores so far"]
     assert total["voc"] > 0.999 < total["voc_reversed"]  # so a sum tells nothing by either
+    # Failures of one task and successes of another: nothing is left to compare.
+    apart = [run(40, True, task_id=1), run(60, False), run(50, True, task_id=1)]
+    row = rprm.follows_the_task(apart, [60] * 3, rate=5)["score"]
+    assert row["episode_auroc"] == 1.0 and np.isnan(row["same_task_auroc"])
     policies = ["good", "good", "bad", "bad", "middling", "middling"]
     tau = rprm.order_of_policies(runs, [60] * 6, policies)
     means = [np.mean([np.mean(runs[i]["scores"]) for i in pair]) for pair in ((2, 3), (0, 1), (4, 5))]

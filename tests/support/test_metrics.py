@@ -22,6 +22,24 @@ def test_auroc_and_average_precision_against_brute_force():
     assert np.isnan(metrics.auroc([0.1, 0.2], [1, 1])) and np.isnan(metrics.average_precision([0.1], [0]))
 
 
+def test_auroc_within_counts_pairs_of_a_group_only():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels, groups = rng.integers(0, 8, 60) / 8, rng.random(60) < 0.4, rng.integers(0, 4, 60)
+        rows = [(s, g) for s, label, g in zip(scores, labels, groups) if not label]
+        pairs = [
+            (p > n) + 0.5 * (p == n)
+            for p, group in zip(scores[labels], groups[labels])
+            for n, other in rows
+            if group == other
+        ]
+        assert metrics.auroc_within(scores, labels, groups) == pytest.approx(np.mean(pairs))
+    # A score that knows the group alone: 0.5, where over all pairs it seems to know something.
+    labels, groups = np.array([1, 1, 1, 0, 0, 0, 0, 1], bool), np.repeat([1, 0], 4)
+    assert metrics.auroc(groups, labels) == 0.75 and metrics.auroc_within(groups, labels, groups) == 0.5
+    assert np.isnan(metrics.auroc_within([1, 2], [1, 0], ["a", "b"]))
+
+
 def test_auroc_interval_covers_the_truth():
     """Two Gaussians one apart: AUROC is Phi(1 / sqrt(2)) = 0.7602. About 95 % of the intervals hold it."""
     rng = np.random.default_rng(0)
