@@ -178,9 +178,8 @@ class OpenVLA(nn.Module):
     def sampling_temperature(self):
         """The temperature (0 or more; 0 is greedy) that this policy is meant to act at. Raises UserError for an openvla-tiny
         from before it stood there: greedily that one gets stuck (4.4 instead of 34.6 % on libero_10), and nothing tells."""
-        if (
-            "action_repeat" in self.config and "sampling_temperature" not in self.config
-        ):  # not an official one
+        # Official checkpoints have neither.
+        if "action_repeat" in self.config and "sampling_temperature" not in self.config:
             raise UserError(
                 "the policy's config.json does not say at which temperature it acts: give --temperature, or write "
                 '"sampling_temperature": 0.6 into it (openvla-tiny; 0 is greedy)'

@@ -403,9 +403,8 @@ def load_policy(args, ranks):
     check_memory(Needs.of_flags(folder, dtype, vars(args), **here), ranks.device)
     policy = OpenVLA.from_pretrained(folder, dtype=dtype, device="cpu" if args.shard else ranks.device)
     policy.gradient_checkpointing = args.gradient_checkpointing
-    if (
-        policy.config.get("sampling_temperature", 0.0) != args.eval_temperature
-    ):  # saved: evaluate the trained policy as here
+    # Saved with the trained policy, so that eval.py samples it as this run did.
+    if policy.config.get("sampling_temperature", 0.0) != args.eval_temperature:
         policy.config["sampling_temperature"] = args.eval_temperature
     return policy
 

@@ -108,6 +108,9 @@ def test_what_a_clock_passes_and_what_not():
     assert score["drop_auroc"] > 0.95 and clock["drop_auroc"] == 0.5  # a clock never falls
     assert score["error"] < 0.02 < 0.2 < clock["error"]
     assert score["difference"] > 0.1 > 0 > clock["difference"]
+    # One task: the same pairs. Of nine, the success with a drop loses one.
+    assert score["same_task_auroc"] == pytest.approx(score["episode_auroc"]) == pytest.approx(8 / 9)
+    assert clock["same_task_auroc"] == 0.0
     total = table["sum of scores so far"]
     assert total["voc"] > 0.999 < total["voc_reversed"]  # so a sum tells nothing by either
     # Failures of one task and successes of another: nothing is left to compare.
