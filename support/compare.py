@@ -40,18 +40,18 @@ def methods(runs, path, results_file="results.json"):
     results_file: what has the last evaluation, in each directory.
     Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
     """
-    methods = {}  # name -> {seed: evaluation points}
+    points_of = {}  # name -> {seed: evaluation points}
     for run in runs:
         config, lines, results = read_run(run, results_file)
         points = evaluation_points(lines, results)
         if not points:
             raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
         method = re.sub(r"-seed\d+$", "", Path(run).name)
-        methods.setdefault(method, {})[config["seed"]] = points
+        points_of.setdefault(method, {})[config["seed"]] = points
 
     figure = new_figure(figsize=(7, 4), dpi=130, layout="tight")
     ax = figure.subplots()
-    for k, (method, seeds) in enumerate(methods.items()):
+    for k, (method, seeds) in enumerate(points_of.items()):
         curves = [{at: 100 * wins / n for at, wins, n in points} for points in seeds.values()]
         for curve in curves:
             ax.plot(curve.keys(), curve.values(), lw=0.8, alpha=0.5, color=f"C{k}")
@@ -70,7 +70,7 @@ def methods(runs, path, results_file="results.json"):
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
     save_png(figure, path)
-    return _methods_table(methods)
+    return _methods_table(points_of)
 
 
 def _methods_table(methods):
@@ -161,23 +161,29 @@ def pair(before, after, film=None):
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
-def suites(directory, picture=None, evaluation="results-500.json"):
+def suites(directory, picture=None, evaluation="results-500.json", names=None):
     """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
 
     Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain a t interval
     over the pairs of episodes. The last column counts every suite's episodes alike and takes the seeds that all suites have.
     directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
-    panel per suite. Raises UserError where there is nothing at all.
+    panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
+    where they are not, or where there is nothing at all.
     """
-    found = {suite: _read_suite(Path(directory) / suite, evaluation) for suite in SUITES}
-    found = {suite: results for suite, results in found.items() if results}
+    found = {name: _read_suite(Path(directory) / name, evaluation) for name in names or SUITES}
+    for name in names or ():
+        if not found[name]:
+            raise UserError(
+                f"no {evaluation} in {directory}/{name}/start and {directory}/{name}/rl-seed*: eval.py writes them"
+            )
+    found = {name: results for name, results in found.items() if results}
     if not found:
         raise UserError(
             f"no {evaluation} in {directory}/SUITE/start and {directory}/SUITE/rl-seed*, for no suite: eval.py writes them"
         )
     columns = dict(found)
     shared = set.intersection(*(set(won) for _, won in columns.values()))
-    if len(columns) == len(SUITES) and shared:
+    if tuple(columns) == SUITES and shared:
         start, won = zip(*columns.values(), strict=True)
         columns["all"] = np.concatenate(start), {k: np.concatenate([w[k] for w in won]) for k in shared}
 
@@ -236,7 +242,7 @@ def _cell(mean, interval, sign=""):
 
 def _draw_suites(seeds, directory, evaluation, path):
     """A panel per suite, {suite: its seeds}: success in training, and on the test states before and after, a line each."""
-    figure = new_figure(figsize=(3 * len(seeds), 3), dpi=130, layout="tight")
+    figure = new_figure(figsize=(3 * len(seeds), 3.2), dpi=130, layout="constrained")
     for ax, suite in zip(figure.subplots(1, len(seeds), sharey=True, squeeze=False)[0], seeds, strict=True):
         start, _ = _read_evaluation(directory / suite / "start" / evaluation)
         for seed in seeds[suite]:
@@ -247,7 +253,7 @@ def _draw_suites(seeds, directory, evaluation, path):
         ax.get_legend().remove()  # one for all
         ax.label_outer()
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[:2], labels[:2], loc="best", fontsize=7)
+    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, fontsize=7)
     save_png(figure, path)
 
 
@@ -279,6 +285,9 @@ class SuitesArgs:
     results: str = flag("results", "directory with SUITE/start and SUITE/rl-seedS of the four suites")
     out: str | None = flag(None, "PNG to write of the curves, a panel per suite", default="none")
     evaluation: str = flag("results-500.json", "in each of those directories, eval.py's file")
+    suites: list[str] | None = flag(
+        None, "columns, comma-separated, such as libero_object,libero_object_lan", default="the four suites"
+    )
 
 
 @main_guard
@@ -297,7 +306,7 @@ def main():
     elif command == "pair":
         print(pair(args.before, args.after, args.film))
     else:
-        print(suites(args.results, args.out, args.evaluation))
+        print(suites(args.results, args.out, args.evaluation, args.suites))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,17 @@ def test_table_1_leaves_out_what_is_missing_and_refuses_other_episodes(tmp_path)
         compare.suites(folder, evaluation="results.json")
 
 
+def test_table_1_of_other_columns_has_no_sum_and_wants_all_of_them(tmp_path):
+    """LIBERO-PRO's variants are not the paper's four suites: a mean over them is nobody's number."""
+    variants = [f"libero_object{change}" for change in ("", "_lan", "_task", "_swap")]
+    wins = {name: [0, 0] for name in variants} | {(name, 0): [0, 1] for name in variants}
+    folder = the_suites(tmp_path / "a", wins)
+    table = compare.suites(folder, evaluation="results.json", names=variants).splitlines()
+    assert table[0] == f"| | {' | '.join(variants)} |" and table[3].count("50.0 (") == 4
+    with pytest.raises(UserError, match="no results.json in .*/libero_object_object/start and "):
+        compare.suites(folder, evaluation="results.json", names=[*variants, "libero_object_object"])
+
+
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"whole_vocabulary": True}, {"fresh": True}])
 def test_table_1_refuses_policies_that_acted_in_other_ways(tmp_path, setting):
     (tmp_path / "libero_goal").mkdir()
