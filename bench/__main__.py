@@ -22,6 +22,7 @@ COMMANDS = {
     "decode": "actions per second: batched decoding against transformers' generate",
     "update": "samples per second of a PPO update, against transformers and peft",
     "rprm": "a reward model in the simulator: progress, success against failure, loitering",
+    "sentence": "success where each task is told the sentence of another",
     "prefix": "whether a policy reads from an action's first tokens what the picture should tell",
     "gpu": "random OpenVLA-7B: memory and times of load, rollout and update",
 }

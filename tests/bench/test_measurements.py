@@ -10,9 +10,24 @@ import torch
 from safetensors import safe_open
 
 import train
-from bench import busy, decode, envs, gpu, iteration, leak, model, pictures, prefix, scaling, soak, update
+from bench import (
+    busy,
+    decode,
+    envs,
+    gpu,
+    iteration,
+    leak,
+    model,
+    pictures,
+    prefix,
+    scaling,
+    sentence,
+    soak,
+    update,
+)
 from bench.__main__ import COMMANDS
 from bench.common import machine, table
+from eval import evaluate
 from policy import ActorCritic, OpenVLA
 from support.errors import UserError
 
@@ -296,3 +311,42 @@ def test_prefix_tells_what_the_third_token_follows():
     assert near["change"] < 0.15 and near["change"] < far["change"] <= 1.0
     assert 0.5 < same["up"] <= 1.0  # it lifts where the expert does
     prefix.show(r)
+
+
+def test_another_sentence_is_read_in_place_of_a_tasks_own():
+    """Task by task, in the stock suite's words; the next task's where nothing is said."""
+    soup, cheese = (
+        f"pick up the {what} and place it in the basket" for what in ("alphabet soup", "cream cheese")
+    )
+    told = [1, 0, 5, 4, 7, 3, 9, 6, 2, 8]
+    assert sentence.sentences_told("libero_object", told)[soup] == cheese
+    assert sentence.sentences_told("libero_object")[soup] == cheese
+    # LIBERO-PRO's task 0 is to fetch the cream cheese, in other words; the list tells just that, task by task.
+    renamed = sentence.sentences_told("libero_object_task", told)
+    assert renamed["pick the cream cheese and place it in the basket"] == cheese
+    assert all(stock == own.replace("pick the", "pick up the") for own, stock in renamed.items())
+    for wrong, message in (
+        ([0, 1], "2 numbers, but libero_object has 10"),
+        ([10] * 10, "task id 10 is not in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sentence.sentences_told("libero_object", wrong)
+    with pytest.raises(UserError, match="the same sentence"):
+        sentence.sentences_told("libero_90")
+
+    policy, untouched = (OpenVLA.from_pretrained("checkpoints/libero_object/policy") for _ in range(2))
+    sentence.tell(policy, {soup: cheese})
+    assert all(
+        torch.equal(a, b) for a, b in zip(policy.tokenize([soup]), untouched.tokenize([cheese]), strict=True)
+    )
+
+
+@pytest.mark.libero
+def test_told_its_own_sentence_a_policy_plays_as_ever(tmp_path, capsys):
+    sizes = dict(task_ids=[9], episodes_per_task=1, num_envs=1, seed=3)
+    told = sentence.measure(sentence.Args(told=list(range(10)), **sizes))
+    policy = OpenVLA.from_pretrained("checkpoints/libero_object/policy").eval()
+    plain = evaluate(policy, "libero_object", [9], 1, 1, seed=3)
+    assert told["episodes"] == plain.episodes and told["settings"]["temperature"] == 0.6
+    sentence.show(told)
+    assert capsys.readouterr().out.count("orange juice") == 2
