@@ -96,7 +96,7 @@ def protocol_episodes(suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, f
 
 def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num_envs=8, *, temperature=None, whole_vocabulary=False,
              seed=0, render="light", envs=None, finished=(), on_episode=None, on_step=None, video=0, video_dir=None,
-             progress=True, ranks=None, unnorm_key=None, fresh=False):  # fmt: skip
+             progress=True, ranks=None, unnorm_key=None, fresh=False, sentences=None):  # fmt: skip
     """Play the `protocol_episodes`. Returns EvalResult.
 
     model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
@@ -104,7 +104,8 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first so many
     initial states. ranks: each plays its share, in num_envs / size environments of its own, and returns everybody's episodes.
     unnorm_key: of the action statistics (default: by the suite). fresh: random placements in place of the initial states.
-    temperature: of sampling (default: the checkpoint's own).
+    temperature: of sampling (default: the checkpoint's own). sentences: what the policy is told, one for each task of the suite
+    (default: the tasks' own).
     """
     ranks = ranks or distributed.ALONE
     temperature = model.temperature_or_own(temperature)
@@ -127,7 +128,9 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
         # A forward pass of a sharded model needs all ranks: those that have played their share go on until all have.
         any_busy = ranks.any if model.needs_all_ranks else bool
         with ready as envs, bar, explain_out_of_memory("lower --num-envs"):
-            for episode, frames in _play(envs, queue, choose, seed, video, on_step, any_busy):
+            for episode, frames in _play(
+                envs, queue, choose, seed, video, on_step, any_busy, sentences or result.instructions
+            ):
                 result.episodes.append(episode)
                 bar.update(1)
                 bar.set_postfix_str(f"success {100 * result.success_rate:.1f} %")
@@ -173,7 +176,7 @@ def act(model, unnorm_key, temperature, whole_vocabulary, frames, sentences, gen
     return model.decode_actions(out.tokens, unnorm_key)
 
 
-def _play(envs, queue, choose, seed, video, on_step, any_busy):
+def _play(envs, queue, choose, seed, video, on_step, any_busy, told):
     """Play every (task, initial state) of `queue`; yield (episode, its frames if it is to be filmed) as each one ends."""
     n, nothing = envs.num_envs, (None, None)
     playing = [queue.popleft() if queue else nothing for _ in range(n)]  # of each environment
@@ -190,7 +193,7 @@ def _play(envs, queue, choose, seed, video, on_step, any_busy):
                 films[i].append(obs["agentview"][i].copy())
         # (B,). Where nothing is to be decided, a sharded model may still need this rank's part of a forward pass.
         rows = active if len(active) else np.array([0])
-        sentences, generators = [obs["instruction"][i] for i in rows], [samplers[i] for i in rows]
+        sentences, generators = [told[obs["task_id"][i]] for i in rows], [samplers[i] for i in rows]
         actions[rows] = choose(obs["agentview"][rows], sentences, generators)
 
         # Whoever ends in this step needs its next episode now. Offer the head of the queue to idle environments first (they

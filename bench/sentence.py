@@ -33,30 +33,19 @@ class Args:
 
 
 def sentences_told(suite, told=None):
-    """{a task's own sentence: what it is told instead}, the stock sentence of task told[t] (default: of the next task).
+    """What each task of `suite` is told: the stock sentence of task told[t] (default: of the next task).
 
-    Raises UserError where `told` is no list of the suite's tasks, or where two tasks share a sentence (libero_90): the policy
-    sees the sentence alone, so that they could not be told apart.
+    Raises UserError where `told` is not one task for each task of the suite.
     """
-    from simulator.suites import base_suite, check_task_ids, instructions
+    from simulator.suites import base_suite, check_task_ids, instructions, num_tasks
 
-    own, stock = instructions(suite), instructions(base_suite(suite))
-    n = len(own)
-    told = [(t + 1) % n for t in range(n)] if told is None else list(told)
+    n = num_tasks(suite)
+    told = [(t + 1) % n for t in range(n)] if told is None else told
     if len(told) != n:
         raise UserError(f"--told: {len(told)} numbers, but {suite} has {n} tasks")
-    if len(set(own)) < n:
-        raise UserError(
-            f"some tasks of {suite} have the same sentence: choose a suite where each has its own"
-        )
     check_task_ids(suite, sorted(set(told)))
-    return {sentence: stock[task_id] for sentence, task_id in zip(own, told, strict=True)}
-
-
-def tell(model, sentences):
-    """Let `model` (policy.OpenVLA) read sentences[s] wherever it is given the sentence s."""
-    tokenize = model.tokenize
-    model.tokenize = lambda given: tokenize([sentences[sentence] for sentence in given])
+    stock = instructions(base_suite(suite))
+    return [stock[task_id] for task_id in told]
 
 
 def measure(args):
@@ -65,10 +54,9 @@ def measure(args):
 
     sentences = sentences_told(args.suite, args.told)
     model = OpenVLA.from_pretrained(args.checkpoint).eval()
-    tell(model, sentences)
     result = evaluate(
         model, args.suite, args.task_ids, args.episodes_per_task, args.num_envs, seed=args.seed, video=args.video,
-        video_dir=args.out.parent / "videos",
+        video_dir=args.out.parent / "videos", sentences=sentences,
     )  # fmt: skip
     settings = {"suite": args.suite, "temperature": model.temperature_or_own(None), "seed": args.seed}
     return {"checkpoint": args.checkpoint, "settings": settings, "told": sentences, **result.to_dict()}
@@ -76,7 +64,11 @@ def measure(args):
 
 def show(results):
     rows = [
-        (r["instruction"], results["told"].get(r["instruction"], ""), r["successes"], r["episodes"], 100 * r["success_rate"])
-        for r in (*results["tasks"], results["total"])
+        (r["instruction"], results["told"][r["task_id"]], r["successes"], r["episodes"], 100 * r["success_rate"])
+        for r in results["tasks"]
     ]  # fmt: skip
+    total = results["total"]
+    rows.append(
+        (total["instruction"], "", total["successes"], total["episodes"], 100 * total["success_rate"])
+    )
     table(["goal of the task", "told", "successes", "episodes", "%:.1f"], rows)

@@ -119,29 +119,31 @@ budget() {
   compare budget
 }
 
-# LIBERO-PRO's variants of SUITE, and SUITE told the sentence of another task: TOLD, the task that each one is told, by default
-# the task of libero_object that fetches what is the goal in libero_object_task (_task_told: that goal, in stock words).
+# LIBERO-PRO's variants of SUITE, and SUITE and its _task told other sentences: TOLD lists for every task the stock task whose
+# sentence fits the goal of _task. So _task_told has the right sentence, in stock words, and _told the wrong one.
 pro() {
-  local columns='' change name checkpoint made told=${TOLD:-1,0,5,4,7,3,9,6,2,8}
+  local columns='' change name checkpoint made result=results${EPISODES:+-$((10 * EPISODES))}
+  [ "$SUITE" != libero_object ] || : "${TOLD:=1,0,5,4,7,3,9,6,2,8}"
+  : "${TOLD:?is to list, for every task of $SUITE, the stock task whose sentence fits the goal of ${SUITE}_task}"
   for name in start $(printf 'rl-seed%s ' $SEEDS); do
     seed=${name#rl-seed} checkpoint=$WORK/$SUITE/$name/policy
     [ "$name" != start ] || { seed=0 checkpoint=checkpoints/$SUITE/policy; }
     for change in "" _lan _swap _object _task _task_told _told; do
-      made=$RESULTS/$SUITE$change/$name/results.json
+      made=$RESULTS/$SUITE$change/$name/$result.json
       [ ! -e "$made" ] || continue
       [ "$name" = start ] || policy rl "$seed"
       mkdir -p "${made%/*}"
       if [[ $change = *_told ]]; then
-        $PY -m bench sentence --suite "$SUITE${change%_told}" --checkpoint "$checkpoint" --told "$told" \
+        $PY -m bench sentence --suite "$SUITE${change%_told}" --checkpoint "$checkpoint" --told "$TOLD" \
           --episodes-per-task "${EPISODES:-20}" --seed "$seed" --out "$made"
       else
-        evaluate "$SUITE$change" "$checkpoint" "$WORK/$SUITE$change/$name-20" --seed "$seed"
-        cp "$WORK/$SUITE$change/$name-20/results.json" "$made"
+        evaluate "$SUITE$change" "$checkpoint" "$WORK/$SUITE$change/$name-$result" --seed "$seed"
+        cp "$WORK/$SUITE$change/$name-$result/results.json" "$made"
       fi
     done
   done
   for change in "" _lan _swap _object _task _task_told _told; do columns+=,$SUITE$change; done
-  $PY -m support.compare suites --results "$RESULTS" --evaluation results.json --suites "${columns:1}" |
+  $PY -m support.compare suites --results "$RESULTS" --evaluation "$result.json" --suites "${columns:1}" |
     tee "$RESULTS/$SUITE/pro.md"
 }
 

@@ -14,6 +14,7 @@ from test_envs import _soup_in_basket
 
 from eval import Args, EpisodeLog, EvalResult, evaluate, main, print_plan, protocol_episodes
 from simulator.shared import FRESH
+from simulator.suites import instructions
 from support.cli import parse_args
 from support.errors import UserError
 from support.statistics import wilson_interval
@@ -144,6 +145,24 @@ def test_same_episodes_whatever_runs_beside_them(model, envs, short, tmp_path):
     default, same = (_frames(tmp_path / name)["task01_state00_failure.mp4"] for name in "de")
     assert model.sampling_temperature == 0.6 and np.array_equal(default, same)
     assert not np.array_equal(default, first)
+
+
+@pytest.mark.libero
+def test_a_policy_reads_what_its_task_is_told(model, envs, short, tmp_path, monkeypatch):
+    """Task 0 is told the sentence of task 1, and task 1 nothing new: one plays otherwise, the other as ever."""
+    own, read = instructions(SUITE), []
+    tokenize = model.tokenize
+    monkeypatch.setattr(model, "tokenize", lambda given: read.extend(given) or tokenize(given))
+    options = dict(envs=envs, seed=7, video=1, progress=False)
+    evaluate(model, SUITE, [0, 1], 1, video_dir=tmp_path / "own", **options)
+    assert set(read) == {own[0], own[1]}
+    read.clear()
+    told = [own[1], *own[1:]]
+    result = evaluate(model, SUITE, [0, 1], 1, video_dir=tmp_path / "told", sentences=told, **options)
+    assert set(read) == {own[1]} and result.row(0)["instruction"] == own[0]
+    before, after = (_frames(tmp_path / name) for name in ("own", "told"))
+    (zero, one) = sorted(before)
+    assert np.array_equal(before[one], after[one]) and not np.array_equal(before[zero], after[zero])
 
 
 @pytest.mark.libero

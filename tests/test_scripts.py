@@ -118,3 +118,34 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     again = evidence("suites")
     assert again.returncode == 0 and "| SFT | " in again.stdout
     assert times(tmp_path / "work") | times(made) == before
+
+    # LIBERO-PRO: what is there is kept, here all but one of either policy's columns.
+    columns = [
+        f"libero_object{change}"
+        for change in ("", "_lan", "_swap", "_object", "_task", "_task_told", "_told")
+    ]
+    files = {
+        (c, n): tmp_path / "results" / c / n / "results-10.json"
+        for c in columns
+        for n in ("start", "rl-seed3")
+    }
+    lacking = [("libero_object_swap", "rl-seed3"), ("libero_object_told", "start")]
+    for (column, name), file in files.items():
+        if column != "libero_object" and (column, name) not in lacking:
+            file.parent.mkdir(parents=True)
+            suite = "libero_object" if column.endswith("_told") else column
+            settings_of = {"suite": suite, "temperature": 0.6}
+            settings_of |= {} if column.endswith("_told") else {"whole_vocabulary": False}
+            result = json.loads((made / name / "results-10.json").read_text())
+            file.write_text(json.dumps(result | {"settings": settings_of}))
+    before = times(tmp_path / "results")
+    done = evidence("pro")
+    assert done.returncode == 0, done.stderr
+    assert times(tmp_path / "results").items() >= before.items()
+    swap, told = (json.loads(files[cell].read_text()) for cell in lacking)
+    assert (swap["settings"]["suite"], swap["settings"]["seed"]) == ("libero_object_swap", 3)
+    assert told["told"][0].startswith("pick up the cream cheese") and told["total"]["episodes"] == 10
+    assert f"| | {' | '.join(columns)} |" in done.stdout
+    settings |= {"SUITE": "libero_goal"}
+    refused = evidence("pro")
+    assert refused.returncode != 0 and "TOLD: is to list, for every task of libero_goal" in refused.stderr

@@ -313,36 +313,27 @@ def test_prefix_tells_what_the_third_token_follows():
     prefix.show(r)
 
 
-def test_another_sentence_is_read_in_place_of_a_tasks_own():
-    """Task by task, in the stock suite's words; the next task's where nothing is said."""
-    soup, cheese = (
-        f"pick up the {what} and place it in the basket" for what in ("alphabet soup", "cream cheese")
-    )
-    told = [1, 0, 5, 4, 7, 3, 9, 6, 2, 8]
-    assert sentence.sentences_told("libero_object", told)[soup] == cheese
-    assert sentence.sentences_told("libero_object")[soup] == cheese
+def test_each_task_is_told_the_stock_sentence_of_another():
+    """Task by task; of the next task where nothing is said."""
+    from simulator.suites import instructions
+
+    stock, told = instructions("libero_object"), [1, 0, 5, 4, 7, 3, 9, 6, 2, 8]
+    assert sentence.sentences_told("libero_object") == stock[1:] + stock[:1]
     # LIBERO-PRO's task 0 is to fetch the cream cheese, in other words; the list tells just that, task by task.
     renamed = sentence.sentences_told("libero_object_task", told)
-    assert renamed["pick the cream cheese and place it in the basket"] == cheese
-    assert all(stock == own.replace("pick the", "pick up the") for own, stock in renamed.items())
+    assert renamed == sentence.sentences_told("libero_object", told)
+    assert renamed[0] == "pick up the cream cheese and place it in the basket"
+    assert renamed == [own.replace("pick the", "pick up the") for own in instructions("libero_object_task")]
     for wrong, message in (
         ([0, 1], "2 numbers, but libero_object has 10"),
         ([10] * 10, "task id 10 is not in"),
     ):
         with pytest.raises(UserError, match=message):
             sentence.sentences_told("libero_object", wrong)
-    with pytest.raises(UserError, match="the same sentence"):
-        sentence.sentences_told("libero_90")
-
-    policy, untouched = (OpenVLA.from_pretrained("checkpoints/libero_object/policy") for _ in range(2))
-    sentence.tell(policy, {soup: cheese})
-    assert all(
-        torch.equal(a, b) for a, b in zip(policy.tokenize([soup]), untouched.tokenize([cheese]), strict=True)
-    )
 
 
 @pytest.mark.libero
-def test_told_its_own_sentence_a_policy_plays_as_ever(tmp_path, capsys):
+def test_told_its_own_sentence_a_policy_plays_as_ever(capsys):
     sizes = dict(task_ids=[9], episodes_per_task=1, num_envs=1, seed=3)
     told = sentence.measure(sentence.Args(told=list(range(10)), **sizes))
     policy = OpenVLA.from_pretrained("checkpoints/libero_object/policy").eval()
