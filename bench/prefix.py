@@ -5,7 +5,7 @@
 The expert plays test states. At each of its decisions the policy is asked for the third token, up or down, behind the
 expert's own x and y, and behind x and y that are a few bins off. That is nearly the same motion (8 bins are 6 % of
 half the range), so the answer should hardly change; where it does, a policy that samples x and y does something else
-than was demonstrated. docs/results.md has the story (start policy).
+than was demonstrated. docs/imitation.md has the story (libero_spatial).
 """
 
 from dataclasses import dataclass
