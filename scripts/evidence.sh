@@ -31,12 +31,15 @@ evaluate() {
     --episodes-per-task "${EPISODES:-20}" --num-envs 16 "$@"
 }
 
-# policy METHOD SEED FLAGS: one training, to runs/evidence.
+# policy METHOD SEED FLAGS: one training, to runs/evidence. What is small of it goes to results, with the policy's LoRA adapter,
+# from which the policy is made again where runs/evidence is gone.
 policy() {
-  local run=$WORK/$SUITE/$1-seed$2 seed=$2
+  local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2 seed=$2
   shift 2
   if [ -e "$run/policy/config.json" ]; then
     echo "have $run/policy"
+  elif [ -e "$small/adapter" ] && [ -e "$small/config.json" ]; then
+    $PY -m models.merge --adapter "$small/adapter" --base "checkpoints/$SUITE/policy" --out "$run/policy"
   elif [ -e "$run/config.json" ]; then
     $PY train.py --resume "$run"
   else
@@ -44,17 +47,22 @@ policy() {
     $PY train.py --suite "$SUITE" --seed "$seed" --start-episodes 0 --eval-every 0 --final-episodes 0 --video-every 0 \
       --out "$run" "$@" $FLAGS
   fi
+  if [ ! -e "$small/config.json" ]; then
+    local checkpoints=("$run"/checkpoints/[0-9]*)
+    mkdir -p "$small/adapter"
+    cp "${checkpoints[-1]}/adapters/policy/"* "$small/adapter"
+    cp "$run/metrics.jsonl" "$small"
+    cp "$run/config.json" "$small" # last: where it is, the others are
+  fi
 }
 
-# learn METHOD SEED FLAGS: the same, its policy on the test states, and what is small of both in results/SUITE.
+# learn METHOD SEED FLAGS: the same, and its policy on the test states.
 learn() {
   local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2 result=results${EPISODES:+-$((10 * EPISODES))}
   runs+=("$small")
   if [ ! -e "$small/$result.json" ]; then
     policy "$@"
     evaluate "$SUITE" "$run/policy" "$run/$result" --seed "$2"
-    mkdir -p "$small"
-    cp "$run/config.json" "$run/metrics.jsonl" "$small"
     cp "$run/$result/results.json" "$small/$result.json"
   fi
 }
@@ -99,19 +107,18 @@ table2() {
 states() {
   local EPISODES=${EPISODES:-50} run small
   for seed in $SEEDS; do
-    policy rl "$seed"
-    policy rl-protocol "$seed" --init-states protocol
+    learn rl "$seed"
+    learn rl-protocol "$seed" --init-states protocol
     for run in rl-seed$seed rl-protocol-seed$seed; do
-      small=$RESULTS/$SUITE/states/$run
-      runs+=("$small")
-      mkdir -p "$small"
-      cp "$WORK/$SUITE/$run/config.json" "$WORK/$SUITE/$run/metrics.jsonl" "$small"
-      evaluate "$SUITE" "$WORK/$SUITE/$run/policy" "$small/states" --seed "$seed"
-      evaluate "$SUITE" "$WORK/$SUITE/$run/policy" "$small/placements" --seed "$seed" --fresh
+      small=$RESULTS/$SUITE/$run
+      [ ! -e "$small/placements.json" ] || continue
+      policy "${run%-seed*}" "$seed"
+      evaluate "$SUITE" "$WORK/$SUITE/$run/policy" "$WORK/$SUITE/$run/placements" --seed "$seed" --fresh
+      cp "$WORK/$SUITE/$run/placements/results.json" "$small/placements.json"
     done
   done
-  compare states --results states/results.json
-  compare placements --results placements/results.json
+  compare states
+  compare placements --results placements.json
 }
 
 budget() {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     again = evidence("suites")
     assert again.returncode == 0 and "| SFT | " in again.stdout
     assert times(tmp_path / "work") | times(made) == before
+
+    # On another machine, with nothing but what was kept: the same policy, from its adapter, with the same episodes.
+    policy = tmp_path / "work" / "libero_object" / "rl-seed3" / "policy" / "model.safetensors"
+    weights = policy.read_bytes()
+    shutil.rmtree(tmp_path / "work")
+    (made / "rl-seed3" / "results-10.json").unlink()
+    again = evidence("suites")
+    assert again.returncode == 0 and "merged into checkpoints/libero_object/policy" in again.stdout, (
+        again.stderr
+    )
+    assert policy.read_bytes() == weights
+    assert json.loads((made / "rl-seed3" / "results-10.json").read_text())["episodes"] == trained["episodes"]
 
     # LIBERO-PRO: what is there is kept, here all but one of either policy's columns.
     columns = [
