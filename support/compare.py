@@ -253,7 +253,8 @@ def _draw_suites(seeds, directory, evaluation, path):
         ax.get_legend().remove()  # one for all
         ax.label_outer()
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, fontsize=7)
+    once = dict(zip(labels, handles, strict=True))  # every seed has the same two
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2, fontsize=7)
     save_png(figure, path)
 
 

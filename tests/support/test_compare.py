@@ -123,6 +123,17 @@ def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
         assert picture.width > 3 * picture.height  # four panels
 
 
+def test_figure_names_every_line_once_where_the_last_suite_has_several_seeds(tmp_path, monkeypatch):
+    wins = {(suite, seed): [0, 1] for suite in compare.SUITES for seed in (0, 1, 2)}
+    folder = the_suites(tmp_path / "results", wins | {suite: [0, 0] for suite in compare.SUITES})
+    figures = []
+    monkeypatch.setattr(compare, "save_png", lambda figure, path: figures.append(figure))
+    compare.suites(folder, tmp_path / "suites.png", "results.json")
+    (legend,) = figures[0].legends
+    training, evaluation = (text.get_text() for text in legend.get_texts())
+    assert training.startswith("training episodes") and evaluation.startswith("evaluation on test states")
+
+
 def test_table_1_leaves_out_what_is_missing_and_refuses_other_episodes(tmp_path):
     with pytest.raises(UserError, match="no results.json in"):
         compare.suites(tmp_path, evaluation="results.json")
