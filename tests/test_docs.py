@@ -419,6 +419,22 @@ def test_table_1_is_what_the_result_files_give(page):
     assert table in page.read_text(encoding="utf-8"), f"paste this into {page.name}:\n{table}"
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/rprm.json")), ids=lambda file: file.parent.name)
+def test_reward_models_table_is_what_bench_rprm_gave(file):
+    page, measured = (ROOT / "docs" / "rprm.md").read_text(encoding="utf-8"), json.loads(file.read_text())
+    shown = ("score", "score of the state alone", "clock")
+    first = f"`{measured['suite']}`, {measured['drops']} drops"
+    for name, row in measured["follows_the_task"].items():
+        if name in shown:
+            cells = [f"{row[key]:.3f}" for key in ("episode_auroc", "difference", "voc")]
+            cells[-1] += f"; {row['voc_reversed']:.3f}"
+            cells += [f"{row[key]:.3f}" for key in ("error", "drop_auroc")]
+            line = " | ".join([f"| {first}".rstrip(), name, *cells]) + " |"
+            assert line in page, f"docs/rprm.md lacks:\n{line}"
+            first = ""
+    assert first == ""
+
+
 def test_requirements_pin_mujoco():
     requirements = (ROOT / "requirements.txt").read_text()
     assert re.search(r"^mujoco==3\.3\.2\b", requirements, re.MULTILINE)
