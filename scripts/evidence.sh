@@ -38,7 +38,9 @@ policy() {
   shift 2
   if [ -e "$run/policy/config.json" ]; then
     echo "have $run/policy"
-  elif [ -e "$small/adapter" ] && [ -e "$small/config.json" ]; then
+  elif [ -e "$small/config.json" ]; then
+    [ -e "$small/adapter" ] || { echo "error: $small has no adapter, so its policy is gone: train it anew with" \
+      "another RESULTS, or move $small away" >&2; exit 1; }
     $PY -m models.merge --adapter "$small/adapter" --base "checkpoints/$SUITE/policy" --out "$run/policy"
   elif [ -e "$run/config.json" ]; then
     $PY train.py --resume "$run"
@@ -103,19 +105,22 @@ table2() {
   compare table2
 }
 
-# Both policies on LIBERO's states and on 500 random placements that nobody trained on.
+# A policy on LIBERO's states, as any, and on 500 random placements that nobody trained on.
+on_both() {
+  local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2
+  learn "$@"
+  if [ ! -e "$small/placements.json" ]; then
+    policy "$@"
+    evaluate "$SUITE" "$run/policy" "$run/placements" --seed "$2" --fresh
+    cp "$run/placements/results.json" "$small/placements.json"
+  fi
+}
+
 states() {
-  local EPISODES=${EPISODES:-50} run small
+  local EPISODES=${EPISODES:-50}
   for seed in $SEEDS; do
-    learn rl "$seed"
-    learn rl-protocol "$seed" --init-states protocol
-    for run in rl-seed$seed rl-protocol-seed$seed; do
-      small=$RESULTS/$SUITE/$run
-      [ ! -e "$small/placements.json" ] || continue
-      policy "${run%-seed*}" "$seed"
-      evaluate "$SUITE" "$WORK/$SUITE/$run/policy" "$WORK/$SUITE/$run/placements" --seed "$seed" --fresh
-      cp "$WORK/$SUITE/$run/placements/results.json" "$small/placements.json"
-    done
+    on_both rl "$seed"
+    on_both rl-protocol "$seed" --init-states protocol
   done
   compare states
   compare placements --results placements.json

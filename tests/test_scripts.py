@@ -126,11 +126,21 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     shutil.rmtree(tmp_path / "work")
     (made / "rl-seed3" / "results-10.json").unlink()
     again = evidence("suites")
-    assert again.returncode == 0 and "merged into checkpoints/libero_object/policy" in again.stdout, (
-        again.stderr
-    )
+    assert again.returncode == 0, again.stderr
+    assert "merged into checkpoints/libero_object/policy" in again.stdout
     assert policy.read_bytes() == weights
     assert json.loads((made / "rl-seed3" / "results-10.json").read_text())["episodes"] == trained["episodes"]
+
+    # Both ways to train, on the test states and on placements.
+    done = evidence("states")
+    assert done.returncode == 0, done.stderr
+    for name, init_states in (("rl-seed3", "random"), ("rl-protocol-seed3", "protocol")):
+        assert json.loads((made / name / "config.json").read_text())["init_states"] == init_states
+        for file, fresh in (("results-10.json", False), ("placements.json", True)):
+            result = json.loads((made / name / file).read_text())
+            assert len(result["episodes"]) == 10 and result["settings"].get("fresh", False) == fresh
+    for table in ("states.md", "placements.md"):
+        assert "| rl-protocol | " in (made / table).read_text()
 
     # LIBERO-PRO: what is there is kept, here all but one of either policy's columns.
     columns = [
@@ -162,3 +172,12 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     settings |= {"SUITE": "libero_goal"}
     refused = evidence("pro")
     assert refused.returncode != 0 and "TOLD: is to list, for every task of libero_goal" in refused.stderr
+
+    # A result without its policy: another training is not taken for it.
+    settings |= {"SUITE": "libero_object"}
+    shutil.rmtree(tmp_path / "work")
+    shutil.rmtree(made / "rl-seed3" / "adapter")
+    (made / "rl-seed3" / "placements.json").unlink()
+    refused = evidence("states")
+    assert refused.returncode == 1 and "rl-seed3 has no adapter, so its policy is gone" in refused.stderr
+    assert not (tmp_path / "work").exists()
