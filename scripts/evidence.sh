@@ -9,9 +9,10 @@
 #   budget    204,800 decisions, two and a half times the default (2 seeds)
 #   pro       start policy and default training on LIBERO-PRO's variants of the suite, and told another sentence
 #
-# SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments) and SEEDS="0 1 2" are environment
-# variables. What is small of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an
-# hour on 2 cores. What is there is skipped, what was interrupted goes on.
+# SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments), SEEDS="0 1 2", METHODS (of table2;
+# default: all seven; the first is what the others are compared with) and EPISODES are environment variables. What is small
+# of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an hour on 2 cores. What is
+# there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
@@ -93,14 +94,22 @@ suites() {
 }
 
 table2() {
+  local method all='rl no-rprm no-curriculum eq4 cooler no-warmup lr-x10'
+  local -A flags=(
+    [rl]=''
+    [no-rprm]='--prm-mode none'
+    [no-curriculum]='--curriculum uniform'
+    [eq4]='--curriculum eq4' # as printed
+    [cooler]='--temperature 0.4' # two thirds, as 1.0 is of 1.5
+    [no-warmup]='--critic-warmup 0'
+    [lr-x10]='--lr 0.005'
+  )
+  for method in ${METHODS:-$all}; do
+    [ -v "flags[$method]" ] || { echo "error: no method $method: choose among $all" >&2; exit 2; }
+  done
   for seed in $SEEDS; do
-    learn rl "$seed"
-    learn no-rprm "$seed" --prm-mode none
-    learn no-curriculum "$seed" --curriculum uniform
-    learn eq4 "$seed" --curriculum eq4 # as printed
-    learn cooler "$seed" --temperature 0.4 # two thirds, as 1.0 is of 1.5
-    learn no-warmup "$seed" --critic-warmup 0
-    learn lr-x10 "$seed" --lr 0.005
+    # shellcheck disable=SC2086  # several flags
+    for method in ${METHODS:-$all}; do learn "$method" "$seed" ${flags[$method]}; done
   done
   compare table2
 }

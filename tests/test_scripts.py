@@ -142,6 +142,18 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     for table in ("states.md", "placements.md"):
         assert "| rl-protocol | " in (made / table).read_text()
 
+    # Some of Table 2's methods.
+    settings |= {"METHODS": "rl full"}
+    refused = evidence("table2")
+    assert refused.returncode == 2 and "no method full: choose among rl no-rprm" in refused.stderr
+    settings |= {"METHODS": "rl no-curriculum"}
+    done = evidence("table2")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((made / "no-curriculum-seed3" / "config.json").read_text())
+    assert config["curriculum"] == "uniform"
+    table = (made / "table2.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| rl", "| no-curriculum"]
+
     # LIBERO-PRO: what is there is kept, here all but one of either policy's columns.
     columns = [
         f"libero_object{change}"
