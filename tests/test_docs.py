@@ -419,6 +419,18 @@ def test_table_1_is_what_the_result_files_give(page):
     assert table in page.read_text(encoding="utf-8"), f"paste this into {page.name}:\n{table}"
 
 
+def test_table_with_and_without_rprm_is_what_the_result_files_give(tmp_path):
+    from support import compare
+
+    runs = [
+        str(ROOT / "results" / "libero_10" / f"{method}-seed{seed}")
+        for seed in range(3)
+        for method in ("rl", "no-rprm")
+    ]
+    table = compare.methods(runs, tmp_path / "curves.png", "results-500.json")
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
+
+
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal"])
 def test_reward_models_tables_are_what_bench_rprm_gave(suite):
     page = (ROOT / "docs" / "rprm.md").read_text(encoding="utf-8")
