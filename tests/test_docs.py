@@ -431,7 +431,7 @@ def test_table_with_and_without_rprm_is_what_the_result_files_give(tmp_path):
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
 
 
-@pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal"])
+@pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal", "libero_10"])
 def test_reward_models_tables_are_what_bench_rprm_gave(suite):
     page = (ROOT / "docs" / "rprm.md").read_text(encoding="utf-8")
     measured = json.loads((ROOT / "results" / suite / "rprm.json").read_text())
