@@ -94,7 +94,7 @@ suites() {
 }
 
 table2() {
-  local method all='rl no-rprm no-curriculum eq4 cooler no-warmup lr-x10'
+  local method methods all='rl no-rprm no-curriculum eq4 cooler no-warmup lr-x10'
   local -A flags=(
     [rl]=''
     [no-rprm]='--prm-mode none'
@@ -104,12 +104,13 @@ table2() {
     [no-warmup]='--critic-warmup 0'
     [lr-x10]='--lr 0.005'
   )
-  for method in ${METHODS:-$all}; do
+  methods=${METHODS:-$all}
+  for method in $methods; do
     [ -v "flags[$method]" ] || { echo "error: no method $method: choose among $all" >&2; exit 2; }
   done
   for seed in $SEEDS; do
     # shellcheck disable=SC2086  # several flags
-    for method in ${METHODS:-$all}; do learn "$method" "$seed" ${flags[$method]}; done
+    for method in $methods; do learn "$method" "$seed" ${flags[$method]}; done
   done
   compare table2
 }

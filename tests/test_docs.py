@@ -2,7 +2,8 @@
 
     python tests/test_docs.py       # renew the line numbers of links into the code after an edit of it
 
-Measured numbers are filled in by hand from JSON files and not checked, but for Table 1, which a command makes.
+Measured numbers are filled in by hand from JSON files and not checked, but for the tables that a command makes: Table 1, with
+and without RPRM, and what `bench rprm` gave.
 """
 
 import ast
