@@ -50,6 +50,7 @@ class Args:
     num_workers: int = flag(0, "processes; 0 = one per core", min=0)
     seed: int = flag(0, "seed of placements and disturbances", min=0, max=2**32 - 1)
     check: bool = flag(False, "record nothing; report the undisturbed expert on the test states")
+    video: int = flag(0, "with --check: test states of each task to film, into <out>/<suite>/videos", min=0)
 
 
 if __name__ == "__main__":
@@ -68,6 +69,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from support.demonstrations import OBSERVATIONS, demo_path, merge_parts, write_demos
+from support.episodes import write_episode_film
 from support.errors import UserError, main_guard
 from support.files import read_json
 from support.machine import cores
@@ -149,18 +151,23 @@ def model_file(episode):
     return ElementTree.tostring(tree, encoding="unicode")
 
 
-def check_expert(episode, init_state, action_repeat, limit):
-    """Whether the undisturbed expert solves test state `init_state` within `limit` control steps, and in how many."""
+def check_expert(episode, init_state, action_repeat, limit, videos=None):
+    """Whether the undisturbed expert solves test state `init_state` within `limit` control steps, and in how many.
+    videos: directory for a film of it."""
     from experts import Expert
 
     episode.reset(init_state)
-    expert = Expert(episode)
-    for t in range(limit):
-        if t % action_repeat == 0:
+    expert, success, steps, frames = Expert(episode), False, 0, []
+    while not success and steps < limit:
+        if steps % action_repeat == 0:
             command = expert.action()
-        if episode.step(command):
-            return True, t + 1
-    return False, limit
+            if videos:
+                frames.append(episode.render())
+        success, steps = episode.step(command), steps + 1
+    if videos:
+        outcome = dict(task_id=episode.sim.task_id, init_state=init_state, success=success, steps=steps)
+        write_episode_film(videos, [*frames, episode.render()], outcome, action_repeat)
+    return success, steps
 
 
 _SIM = {}  # per process: the one task that is built at the moment
@@ -206,11 +213,12 @@ def _work(job):
 
     args, task_id, share, shares = job
     limit = max_steps(args.suite) * (2 if args.policy else 1)  # the expert has about half of the time then
-    task = _task_sim(args.suite, task_id, "none" if args.check else args.render)
+    task = _task_sim(args.suite, task_id, "none" if args.check and not args.video else args.render)
     episode = task.episode()
     if args.check:
         states = range(share, min(CHECKED_STATES, task.num_init_states), shares)
-        return task_id, [check_expert(episode, i, args.action_repeat, limit) for i in states]
+        videos, how = Path(args.out) / args.suite / "videos", (args.action_repeat, limit)
+        return task_id, [check_expert(episode, i, *how, videos if i < args.video else None) for i in states]
     demos, attempts = [], 0
     for number in np.array_split(np.arange(args.num_demos), shares)[share]:
         # Each demonstration has its own random numbers, so that the file does not depend on the number of workers.
@@ -250,7 +258,9 @@ def main(args):
             )
         print(f"no scripted expert for {args.suite} task {what}: left out", file=sys.stderr)
         task_ids = covered
-    if not args.check:
+    if args.video and not args.check:
+        raise UserError("--video films the expert on the test states: give --check as well")
+    if not args.check or args.video:
         args.render = args.render or default_render()
         if args.policy:
             from models.checkpoints import resolve_checkpoint

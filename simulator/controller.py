@@ -5,8 +5,6 @@ import numba
 import numpy as np
 from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
 
-import simulator  # noqa: F401  quiets robosuite first
-
 SUBSTEPS = 25  # 500 Hz physics at 20 Hz control
 # OSC_POSE constants of robosuite's default configuration (controllers/config/osc_pose.json).
 OUTPUT_MAX = np.array([0.05, 0.05, 0.05, 0.5, 0.5, 0.5])  # an action of 1.0 moves the goal 5 cm or 0.5 rad

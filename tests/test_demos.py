@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (["--policy", "/nowhere"], "no checkpoint at /nowhere"),
         (["--policy", "checkpoints/libero_object/policy", "--check"], "leave --policy out"),
         (["--policy", "checkpoints/libero_object/policy", "--action-repeat", "1"], "give --action-repeat 4"),
+        (["--video", "1"], "give --check as well"),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, flags, what):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import imageio
 import numpy as np
 import pytest
 
@@ -31,6 +32,16 @@ def play(suite, task_id, init_state):
         assert steps > 4 and not demos.check_expert(episode, init_state, 4, 4)[0]
     task.close()
     return won
+
+
+def test_a_film_shows_each_decision_and_the_last_picture(tmp_path):
+    task = TaskSim("libero_goal", 7, render="light")
+    won, steps = demos.check_expert(task.episode(), 0, 4, 10, tmp_path)
+    assert (won, steps) == (False, 10)
+    frames = imageio.mimread(tmp_path / "task07_state00_failure.mp4")
+    assert len(frames) == 3 + 1 + 3  # decisions at 0, 4 and 8, the last picture, and the last one held
+    assert np.abs(frames[3].astype(float) - frames[0]).max() > 50  # it moved
+    task.close()
 
 
 @pytest.mark.slow

@@ -74,6 +74,22 @@ def test_what_is_not_egl_is_not_called_egl(tmp_path, name, content, words):
     assert err.startswith("error: cannot import robosuite and LIBERO") and words in err and "EGL" not in err
 
 
+@pytest.mark.parametrize("module", ["experts", "experts.relabel", "envs", "models.tiny", "scripts.rprm"])
+def test_whoever_imports_robosuite_first_does_it_without_a_word(module):
+    code = f"import sys, {module}, simulator.task; assert simulator.MUJOCO_WAS_UNUSED"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("command", ["demos.py --check", "-m experts.relabel --data x --out y"])
+def test_experts_without_a_simulator_are_one_line(tmp_path, command):
+    path = a_package(tmp_path, "robosuite", "raise ImportError('no such file')")
+    how = dict(cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, *command.split()], **how)
+    assert run.returncode == 1 and run.stderr.strip().count("\n") == 0, run.stderr
+    assert run.stderr.startswith("error: cannot import robosuite and LIBERO")
+
+
 @pytest.mark.parametrize("number", ["99", "-1", "first"])
 def test_a_wrong_device_number_has_its_own_line(number):
     code, out, err = started(MUJOCO_EGL_DEVICE_ID=number, CUDA_VISIBLE_DEVICES="0", DRAW="1")
