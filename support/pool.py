@@ -56,7 +56,13 @@ def run_jobs(function, jobs, workers):
                 left -= 1
                 yield result
     finally:
-        for process in processes.values():
+        for (
+            connection
+        ) in idle:  # nothing to do: it ends by itself, and frees what it holds, such as tqdm's semaphore
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        for connection, process in processes.items():
+            process.join(10 if connection in idle else 0)
             process.terminate()
         for process in processes.values():
             process.join()

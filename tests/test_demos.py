@@ -192,3 +192,10 @@ def test_jobs_run_without_shared_memory():
     assert sorted(run_jobs(_double, range(7), 2)) == [0, 2, 4, 6, 8, 10, 12]
     with pytest.raises(UserError, match="cannot double bad"):
         list(run_jobs(_double, [1, "bad"], 2))
+
+
+def test_workers_that_drew_a_bar_end_without_a_word():
+    """tqdm's lock is a semaphore; of a worker that is killed Python says at exit that it leaked."""
+    code = "import tqdm; from support.pool import run_jobs; print(list(run_jobs(tqdm.tqdm.write, ['a'], 2)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "a\n[None]\n", "")
