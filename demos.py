@@ -248,6 +248,8 @@ def main(args):
         raise UserError(
             "--check plays the expert alone: leave --policy out, or evaluate the policy with eval.py"
         )
+    if args.video and not args.check:
+        raise UserError("--video films the expert on the test states: give --check as well")
     task_ids = check_task_ids(args.suite, args.task_ids)
     covered, missing = covered_tasks(args.suite, task_ids)
     if missing:
@@ -258,8 +260,6 @@ def main(args):
             )
         print(f"no scripted expert for {args.suite} task {what}: left out", file=sys.stderr)
         task_ids = covered
-    if args.video and not args.check:
-        raise UserError("--video films the expert on the test states: give --check as well")
     if not args.check or args.video:
         args.render = args.render or default_render()
         if args.policy:

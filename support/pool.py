@@ -56,9 +56,8 @@ def run_jobs(function, jobs, workers):
                 left -= 1
                 yield result
     finally:
-        for (
-            connection
-        ) in idle:  # nothing to do: it ends by itself, and frees what it holds, such as tqdm's semaphore
+        # Those with nothing to do end by themselves, and free what they hold, such as tqdm's semaphore.
+        for connection in idle:
             with contextlib.suppress(OSError):
                 connection.send(None)
         for connection, process in processes.items():
