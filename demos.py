@@ -50,6 +50,9 @@ class Args:
     num_workers: int = flag(0, "processes; 0 = one per core", min=0)
     seed: int = flag(0, "seed of placements and disturbances", min=0, max=2**32 - 1)
     check: bool = flag(False, "record nothing; report the undisturbed expert on the test states")
+    episodes_per_task: int = flag(
+        50, "with --check: test states 0 to N-1 of each task, as far as it has them", min=1, max=50
+    )
     video: int = flag(0, "with --check: test states of each task to film, into <out>/<suite>/videos", min=0)
 
 
@@ -77,13 +80,15 @@ from support.pool import run_jobs
 from support.quiet import progress_bar
 from support.statistics import wilson_interval
 
-CHECKED_STATES = 50  # LIBERO's test states per task; LIBERO-PRO's suites have 10
 STRETCH = 10  # decisions, the mean, before expert and policy change places (--policy)
 
 
 def record_episode(episode, rng, args, limit, policy=None):
     """One disturbed demonstration from a random placement: dict of arrays in LIBERO's layout, and whether it succeeded.
 
+    args: action_repeat, resolution, noise and kick are used. limit: control steps. The arrays are (T, ...), one row per
+    decision: "actions" as executed and "clean_actions" (T, 7), gripper -1 open, +1 close; "agentview_rgb" (T, R, R, 3) uint8,
+    upside down; and so on.
     policy: function from a frame (256, 256, 3) to an action (7,), which acts about half of the time.
     """
     from experts import Expert, disturb  # late, as all that needs the simulator: readers of files do not
@@ -216,7 +221,7 @@ def _work(job):
     task = _task_sim(args.suite, task_id, "none" if args.check and not args.video else args.render)
     episode = task.episode()
     if args.check:
-        states = range(share, min(CHECKED_STATES, task.num_init_states), shares)
+        states = range(share, min(args.episodes_per_task, task.num_init_states), shares)
         videos, how = Path(args.out) / args.suite / "videos", (args.action_repeat, limit)
         return task_id, [check_expert(episode, i, *how, videos if i < args.video else None) for i in states]
     demos, attempts = [], 0
@@ -276,7 +281,7 @@ def main(args):
         except OSError as exc:
             raise UserError(f"cannot write to {args.out}: {exc.strerror}; choose another --out") from exc
     workers = args.num_workers or cores()
-    shares = min(workers, CHECKED_STATES if args.check else args.num_demos)
+    shares = min(workers, args.episodes_per_task if args.check else args.num_demos)
     # Neighbouring jobs are the same task's shares, so that all workers leave a task at about the same time.
     jobs = [(args, t, share, shares) for t in task_ids for share in range(shares)]
     results, total = {}, []

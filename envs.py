@@ -57,13 +57,11 @@ class Curriculum:
     so that an unseen task counts as 0.5 (Eq. 4's middle, the favourite of "frontier"), and one lucky episode does not
     settle anything.
     tau: temperature of the sampling; large = uniform, small = only the favourite.
-    deferred: outcomes count at `commit` alone. Training commits after each rollout: the probabilities then depend neither on
-        which environment ended an episode first nor on how the environments are spread over processes.
     """
 
     MODES = ("eq4", "frontier", "uniform")
 
-    def __init__(self, task_ids, mode="eq4", tau=0.5, window=50, deferred=False):
+    def __init__(self, task_ids, mode="eq4", tau=0.5, window=50):
         self.task_ids = [int(t) for t in task_ids]
         if not self.task_ids or len(set(self.task_ids)) != len(self.task_ids):
             raise UserError(
@@ -76,8 +74,7 @@ class Curriculum:
         self.mode, self.tau, self.window = mode, float(tau), int(window)
         self._row = {task: row for row, task in enumerate(self.task_ids)}
         self._outcomes = [deque(maxlen=self.window) for _ in self.task_ids]
-        self.num_updates = 0
-        self.deferred = deferred
+        self.num_updates = 0  # episodes counted
 
     def success_rates(self):
         """(num_tasks,) float64 in (0, 1): s_j with the prior."""
@@ -99,13 +96,12 @@ class Curriculum:
         """One task id, drawn with `rng` (np.random.Generator)."""
         return self.task_ids[int(rng.choice(len(self.task_ids), p=self.probabilities()))]
 
-    def update(self, task_id, success):
-        """Count one finished episode. Deferred: not yet, `commit` will be told."""
-        if not self.deferred:
-            self.commit([(int(task_id), bool(success))])
+    def update(self, outcomes):
+        """Count finished episodes, (task id, success) each, in this order.
 
-    def commit(self, outcomes):
-        """Count finished episodes, (task id, success) each, in this order: those of all processes."""
+        Training does so once after each rollout: probabilities then depend neither on which environment ended an episode
+        first nor on how the environments are spread over processes.
+        """
         for task_id, success in outcomes:
             self._outcomes[self._row[task_id]].append(success)
             self.num_updates += 1
@@ -118,6 +114,7 @@ class Curriculum:
         return {"outcomes": outcomes, "num_updates": np.int64(self.num_updates)}
 
     def load_state_dict(self, state):
+        """Inverse of `state_dict`. Raises UserError for another number of tasks."""
         outcomes = np.asarray(state["outcomes"])
         if outcomes.ndim != 2 or len(outcomes) != len(self.task_ids):
             raise UserError(
@@ -144,8 +141,7 @@ class LiberoVecEnv(VectorEnv):
     num_workers: processes (default: one per core, at most N).
     seed: of every random choice in here.
     init_states: "random" (objects placed anew, for training) or "protocol" (a random one of the evaluation's states).
-    curriculum: a `Curriculum` over task_ids, or None for uniform sampling. Assigned episodes (`assign`, or the options of
-        `reset`) do not count in its statistics.
+    curriculum: a `Curriculum` over task_ids, or None for uniform sampling. It is asked here, and told outcomes by its owner.
     tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.05 GB each beside 0.4 GB for a
         worker with its first; an environment costs 3 MB. Beyond that number, the least recently used task that no
         environment plays is dropped, and a later visit costs a rebuild (seconds).
@@ -202,10 +198,10 @@ class LiberoVecEnv(VectorEnv):
         self._instructions = instructions(suite)
         self._make_spaces()
 
-        # Of each environment: the number of its running episode, counted since seeding; whether that one and the next were
-        # assigned, not chosen by the curriculum; curriculum.num_updates when the next one's task was drawn.
+        # Of each environment: the number of its running episode, counted since seeding; whether the next one was assigned,
+        # not chosen by the curriculum; curriculum.num_updates when the next one's task was drawn.
         self._episode, self._drawn_at = np.full(num_envs, -1), np.full(num_envs, -1)
-        self._assigned_now, self._assigned_next = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
+        self._assigned_next = np.zeros(num_envs, bool)
         self._stepping = False  # also after an interrupted step
         settings = dict(suite=suite, render=render, first_env=first_env, tasks_per_worker=tasks_per_worker)
         self._pool = WorkerPool(num_envs, num_workers, timeout, egl_devices, **settings)
@@ -288,7 +284,6 @@ class LiberoVecEnv(VectorEnv):
     def _began(self, i):
         """Environment i took up its assignment."""
         self._episode[i] += 1
-        self._assigned_now[i] = self._assigned_next[i]
         self._draw_next(i)
 
     # ---- Gymnasium ---------------------------------------------------------------------------------------------------
@@ -325,6 +320,7 @@ class LiberoVecEnv(VectorEnv):
         return self.observation(), info
 
     def observation(self):
+        """The current observation, without a step: see the class."""
         task_id = self._arrays.task_id.copy()
         instruction = [self._instructions[t] for t in task_id]
         return {"agentview": self._arrays.agentview, "task_id": task_id, "instruction": instruction}
@@ -335,9 +331,9 @@ class LiberoVecEnv(VectorEnv):
         actions: (N, 7). Returns obs, reward (N,) float32 (1.0 on success), terminated (N,) bool, truncated (N,) bool, and
         info, in which every row is about the state that this action led to and about its episode, before any reset:
           "success" (N,) bool; "episode_length" (N,) int, control steps; "task_id" (N,) int; "init_state" (N,) int, -1 =
-          random placement; "eef_pos" (N, 3) metres; "gripper" (N,) metres between the fingers
-          "lost" (N,) bool: truncated by no doing of the policy, and unknown to the curriculum. Because its worker died:
-          "worker_restarted" (N,) bool; because the simulation diverged: "unstable" (N,) bool
+          random placement, FRESH + k = random placement k; "eef_pos" (N, 3) metres; "gripper" (N,) metres between the fingers
+          "lost" (N,) bool: truncated by no doing of the policy, because its worker died ("worker_restarted" (N,) bool) or
+          the simulation diverged ("unstable" (N,) bool)
           "started" (N,) bool: obs is the first of an episode
         Where an episode ended, obs is already the next one's first, and "final_obs" (N,) has its last observation, a dict,
         and "final_info" its info (with the masks "_final_obs" and "_final_info", as in Gymnasium).
@@ -370,11 +366,8 @@ class LiberoVecEnv(VectorEnv):
 
         ended, lost = a.terminated | a.truncated, a.worker_restarted | a.unstable
         final_obs = self._final_observations(ended)
-        for i in range(n):  # in this order, whichever worker answered first
-            if ended[i] and not (self._assigned_now[i] or lost[i]):
-                self.curriculum.update(a.stepped_task[i], a.terminated[i])
-            if a.started[i]:
-                self._began(i)
+        for i in np.flatnonzero(a.started):
+            self._began(i)
         info = {
             "success": a.terminated,
             "episode_length": a.stepped_length,
@@ -430,7 +423,6 @@ class LiberoVecEnv(VectorEnv):
             "episode": self._episode.copy(),
             "seed": np.int64(self.seed),
             "settings": self._settings(),
-            "assigned_now": self._assigned_now.copy(),
             "assigned_next": self._assigned_next.copy(),
         }
 
@@ -450,7 +442,7 @@ class LiberoVecEnv(VectorEnv):
         for name in self._SAVED:
             getattr(self._arrays, name)[:] = np.asarray(state[name])
         self._episode[:], self.seed = np.asarray(state["episode"]), int(state["seed"])
-        self._assigned_now[:], self._assigned_next[:] = state["assigned_now"], state["assigned_next"]
+        self._assigned_next[:] = state["assigned_next"]
         known = {k.removeprefix("curriculum_"): x for k, x in state.items() if k.startswith("curriculum_")}
         self.curriculum.load_state_dict(known)
         self._drawn_at[:] = -1  # drawn again before the next step, with the same statistics: the same tasks

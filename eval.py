@@ -1,4 +1,5 @@
-"""Success rates under the LIBERO protocol: every task from its stored initial states, no exploration.
+"""Success rates under the LIBERO protocol: every task from its stored initial states, at the temperature that the checkpoint
+is meant to act at (OpenVLA-7B: 0, greedy; openvla-tiny: 0.6).
 
     python eval.py --suite libero_object --checkpoint checkpoints/libero_object/policy
 
@@ -99,10 +100,11 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
              progress=True, ranks=None, unnorm_key=None, fresh=False, sentences=None):  # fmt: skip
     """Play the `protocol_episodes`. Returns EvalResult.
 
-    model: policy.OpenVLA. envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on
-    afterwards as if nothing had happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier call to
-    keep. on_episode(episode): called as each one ends; on_step(): after each decision. video: record the first so many
-    initial states. ranks: each plays its share, in num_envs / size environments of its own, and returns everybody's episodes.
+    model: policy.OpenVLA. task_ids: default all. episodes_per_task: 1 to 50. seed: of sampling at a temperature above 0.
+    envs: environments to borrow (train.py's): whatever they are doing is saved first and goes on afterwards as if nothing had
+    happened; `num_envs` and `render` are theirs then. finished: episodes of an earlier call to keep. on_episode(episode):
+    called as each one ends; on_step(): after each decision. video: record the first so many initial states, into video_dir.
+    ranks: each plays its share, in num_envs / size environments of its own, and returns everybody's episodes.
     unnorm_key: of the action statistics (default: by the suite). fresh: random placements in place of the initial states.
     temperature: of sampling (default: the checkpoint's own). sentences: what the policy is told, one for each task of the suite
     (default: the tasks' own).
@@ -285,10 +287,10 @@ def main(args):
     print(json.dumps(summary) if args.json else result.to_markdown())
 
 
-def print_plan(args, where, out):
+def print_plan(args, how, out):
     """What is about to be played: the policy's sentences, and where a task has fewer states than were asked for."""
     print_ = functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    print_(f"{args.checkpoint} on {args.suite}, {where}, render {args.render}; results in {out}")
+    print_(f"{args.checkpoint} on {args.suite}, {how}, render {args.render}; results in {out}")
     sentences = instructions(args.suite)
     for task in check_task_ids(args.suite, args.task_ids):
         n = num_init_states(args.suite, task)

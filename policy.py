@@ -73,8 +73,9 @@ class ActionTokenizer:
         return self.centres[np.clip(self.vocab_end - _numpy(tokens) - 1, 0, self.bins - 2)]
 
     def ascending_bins(self, tokens):
-        """Token ids -> 0 (lowest value) ... bins - 1 (highest): for models without these tokens."""
-        return self.vocab_end - 1 - tokens
+        """Token ids, a tensor -> 0 (lowest value) ... bins - 1 (highest): for models without these tokens (a VLM). Other ids,
+        which --whole-vocabulary may sample, are the nearest end, as in `decode`."""
+        return (self.vocab_end - 1 - tokens).clamp(0, self.bins - 1)
 
     def token_to_bin(self, tokens):
         """Token ids -> index into the last axis of `action_logits` (0 ... 255, in token id order)."""
@@ -90,7 +91,7 @@ def policy_convention(actions):
 
 
 def normalize_actions(actions, low, high, mask):
-    """Actions (..., 7) -> [-1, 1] where the mask is true and the value lies between the quantiles `low` and `high`."""
+    """Actions (..., 7) -> [-1, 1] where the mask (7,) is true and the value lies between the quantiles `low` and `high` (7,)."""
     return np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
 
 
@@ -176,9 +177,10 @@ class OpenVLA(nn.Module):
 
     @property
     def sampling_temperature(self):
-        """The temperature (0 or more; 0 is greedy) that this policy is meant to act at. Raises UserError for an openvla-tiny
-        from before it stood there: greedily that one gets stuck (4.4 instead of 34.6 % on libero_10), and nothing tells."""
-        # Official checkpoints have neither.
+        """The temperature (0 or more; 0 is greedy) that this policy is meant to act at: config.json's, else 0, as for official
+        checkpoints. Raises UserError for an openvla-tiny from before it stood there: acting greedily, that one gets stuck
+        without a word (4.4 instead of 34.6 % on libero_10)."""
+        # `action_repeat` marks an openvla-tiny: official checkpoints have neither entry.
         if "action_repeat" in self.config and "sampling_temperature" not in self.config:
             raise UserError(
                 "the policy's config.json does not say at which temperature it acts: give --temperature, or write "
@@ -244,8 +246,7 @@ class OpenVLA(nn.Module):
 
         Returns the normed states (B, count, d) from `offset` behind each row's last prompt token on (the state at
         offset k predicts a_{k+1}), or of the whole sequence for count None; and last (B,), the position of
-        that token. The last layer computes only the states asked for, which saves most of a quarter of
-        openvla-tiny's work. cache: (layers, 2, B, heads, >= S, head_dim), to be filled.
+        that token. The last layer computes queries and MLP only for the states asked for. cache: (layers, 2, B, heads, >= S, head_dim), to be filled.
         """
         patches = self._patch_embeddings(**images)  # (B, P, d)
         P, limit = patches.shape[1], self.text["max_position_embeddings"]
@@ -315,6 +316,8 @@ class OpenVLA(nn.Module):
     ):
         """log pi(token_i | earlier tokens, image, prompt), Eq. 1's summands, and the entropies, at `temperature`.
 
+        action_tokens (B, 7) int64. Returns Evaluation: log_probs and entropy in nats, each (B, 7) float32.
+
         The same distribution that `generate_actions` samples from: same temperature, same set of tokens.
         """
         head, first = self._action_head(whole_vocabulary)
@@ -345,15 +348,17 @@ class OpenVLA(nn.Module):
     ):
         """Sample (temperature > 0) or pick greedily (0) the 7 action tokens of every row.
 
+        Returns Actions: tokens (B, 7) int64 and log_probs (B, 7) float32, those of the chosen tokens in the very distribution
+        sampled from; greedy ones at temperature 1. Where that distribution is not finite (NaN weights) the token is NO_TOKEN,
+        which `decode_actions` refuses.
+
         generator: None, one torch.Generator, or a list with one per row (a row's tokens then do not depend on its
             batch); on the CPU, whatever the model's device.
         whole_vocabulary: sample over all tokens, as officially, instead of the 256 action tokens. The tail of a
             32,000-word vocabulary at temperature 1.5 is noise, and a word there decodes to an extreme action.
-        log_probs are those of the chosen tokens in the very distribution sampled from; greedy ones at temperature 1.
-        Where that distribution is not finite (NaN weights) the token is NO_TOKEN, which `decode_actions` refuses.
 
-        The prompt runs once; each further token is one position through a key-value cache of fixed size. Row i's new
-        token takes slot last_i + 1 + k, over the padding, and sees the slots up to its own.
+        The prompt runs once; each further token is one position through a key-value cache of fixed size. Of row i the token
+        a_k (k = 1 ... 6) takes slot last_i + k, over the padding, and sees the slots up to its own.
         """
         check_right_padded(attention_mask)
         batch = len(input_ids)
@@ -503,7 +508,8 @@ class ActorCritic(nn.Module):
         learns them: for advantages that need no critic).
     whole_vocabulary: sample over all tokens instead of the 256 action tokens; `evaluate_actions` follows.
 
-    Takes the model over: its weights freeze and its linear layers get adapters (set `gradient_checkpointing` before).
+    Takes the model over: its weights freeze and its linear layers get adapters (set `gradient_checkpointing` before: a separate
+    critic is a copy).
     Only adapters and value head have gradients.
     Raises UserError for an unknown `targets` or `critic` and a rank below 1.
     """
@@ -543,9 +549,11 @@ class ActorCritic(nn.Module):
         return self.model.needs_all_ranks
 
     def policy_parameters(self):
+        """List of float32 parameters that learn by Eq. 2: the policy adapter's."""
         return list(self.policy.named_parameters().values())
 
     def critic_parameters(self):
+        """List of float32 parameters that learn the value; empty for critic "none"."""
         adapters = [p for adapter in self.adapters[1:] for p in adapter.named_parameters().values()]
         return adapters + list(self.value_head.parameters() if self.value_head is not None else ())
 

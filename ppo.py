@@ -45,7 +45,8 @@ ACTION_TOKENS = 7  # xyz, roll-pitch-yaw, gripper: one token each
 
 @dataclass
 class PPOConfig:
-    """Settings of one update; the defaults are the release script's for LIBERO-Spatial, where the paper gives none."""
+    """Settings of one update. temperature is the paper's; epochs, clips and the norm are the release script's for
+    LIBERO-Spatial; sizes of batches and advantage_floor are ours."""
 
     temperature: float = 1.5  # of sampling; log-probs are taken at the same one
     epochs: int = 1  # passes over the rollout
@@ -101,9 +102,7 @@ class RolloutBuffer:
         self.prm_scores = torch.zeros(T, N)  # the RPRM's, for the logs
         self.terminated = torch.zeros(T, N, dtype=torch.bool)  # success
         self.truncated = torch.zeros(T, N, dtype=torch.bool)  # time limit, or an episode that was lost
-        self.lost = torch.zeros(
-            T, N, dtype=torch.bool
-        )  # of the truncated: its worker died or its simulation diverged
+        self.lost = torch.zeros(T, N, dtype=torch.bool)  # of the truncated: worker died, simulation diverged
         self.task_ids = torch.zeros(T, N, dtype=torch.long)  # of the episode that decision t belonged to
         self.episode_lengths = torch.zeros(T, N, dtype=torch.long)  # its control steps so far
         # {(t, n): (frame, image)}: the last observation of an episode that was truncated at t; o_{t+1} is the next one's first.
@@ -163,7 +162,6 @@ class RolloutBuffer:
         self.next_values[t] = torch.where(
             self.truncated[t], torch.as_tensor(final_values).to(self.rewards), 0.0
         )
-        self.prm_scores[t] = 0.0
 
     def compute_advantages(self, last_values, gamma, gae_lambda):
         """Complete next_values and compute advantages and returns.
@@ -243,10 +241,11 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma, gae_
     delta = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
     goes_on = (~(terminated | truncated)).to(delta.dtype)
     advantages = torch.zeros_like(delta)
-    following = torch.zeros(shape[1:]).to(delta)  # (N,) A_{t+1}; beyond the rollout next_values stands for it
+    # A_{t+1} (N,); beyond the rollout next_values stands for it
+    next_advantage = torch.zeros(shape[1:]).to(delta)
     for t in reversed(range(len(delta))):
-        following = delta[t] + gamma * gae_lambda * goes_on[t] * following
-        advantages[t] = following
+        next_advantage = delta[t] + gamma * gae_lambda * goes_on[t] * next_advantage
+        advantages[t] = next_advantage
     return advantages, advantages + values
 
 
@@ -366,7 +365,8 @@ def ppo_update(
 
             for micro in minibatch.split(cfg.micro_batch_size):
                 observation, tokens, old_log_probs, old_values, returns = buffer.batch(micro, device)
-                weight = 1 / len(whole)  # losses are sums over micro-batches: their mean over the mini-batch
+                # Of one sample in the mean over the mini-batch, whatever its micro-batch and its rank.
+                weight = 1 / len(whole)
 
                 # Policy. Its backward pass comes before the critic's forward pass: an actor-critic may switch adapters
                 # in place between the two, and only one graph has to fit in memory.

@@ -8,7 +8,8 @@ The model is OpenVLA itself, started from the imitation policy and fine-tuned by
 
     maximise log p("1" or "0" | image, instruction, 7 action tokens)
 
-During RL it is frozen; its score p("1") / (p("1") + p("0")), brought back from the balanced labels of training to the rate
+(The paper has "1" on promising steps of successes alone. Here the other steps, and those of failed episodes, are "0":
+without them the score of failures was the higher one, docs/rprm.md.) During RL it is frozen; its score p("1") / (p("1") + p("0")), brought back from the balanced labels of training to the rate
 at which positives occur (`models.answer.score_of`), enters the reward through `shaping_reward`.
 
 Reading order: pseudo labels, the model, what train.py does with it, training. The commands that make one from recordings
@@ -102,6 +103,8 @@ def find_milestones(openness, change, still, hold):
 def find_keyframes(speed, milestones, near):
     """Rows at which the hand comes to rest, inside each segment: slower than `near`, and no slower in the next row.
 
+    speed (T,) and near in m/s; milestones: increasing rows, the ends of segments. Returns increasing rows.
+
     Rest, too, has hysteresis: once below `near`, the hand is at rest until it exceeds 2 x `near`. One stop gives one
     keyframe, its arrival (the first minimum), and not one per wiggle, or hovering would be all keyframes. The stop at
     which a segment ends gives a second, the last minimum: there the gripper acts, or the task is done. The stop that an
@@ -132,7 +135,8 @@ def label_trajectory(
     """Pseudo labels of section 3.4 for one trajectory.
 
     actions (T, 7) in the file convention, ee_pos (T, 3) in metres, gripper_states (T, 2) or None; one row is
-    `action_repeat` control steps. Never raises for what a file may contain: `problems` tells what was wrong.
+    `action_repeat` control steps. Returns Labels (support/labels.py): of every row 1, 0 or -1 (ignored), with keyframes and
+    milestones. Never raises for what a file may contain: `problems` tells what was wrong.
 
     disturbed: the actions are clean labels, but something else was executed (the recoveries in the demonstrations of
     demos.py). The hand, pushed about, then never comes to rest, and the speed that the actions ask for takes the place
@@ -200,7 +204,7 @@ def label_trajectory(
 class RPRM:
     """OpenVLA that answers "1" or "0", frozen except in `fit`. info: the content of rprm.json (label rule, training, metrics).
 
-    `models.vlm.VLM` has the same methods from `score_frames` on.
+    `models.vlm.VLM` has the same methods from `action_statistics` on (its `add_adapter` takes the statistics as well).
     """
 
     CHUNK, ROWS = 64, 256  # pictures embedded, and examples scored at a time
@@ -218,7 +222,10 @@ class RPRM:
         """What `save` wrote: a whole checkpoint, or an adapter, which is merged into the checkpoint that it names."""
         path = Path(directory) / "rprm.json"
         if not path.is_file():
-            raise UserError(f"{directory} holds no rprm.json, so it is no reward model: give train's --out")
+            raise UserError(
+                f"{directory} holds no rprm.json, so it is no reward model: give the --out of "
+                "`python -m scripts.rprm train`"
+            )
         info = read_json(path)
         if "vlm" in info:
             raise UserError(f"{directory} is a tuned VLM, where an RPRM made from the policy is needed")
@@ -259,10 +266,14 @@ class RPRM:
 
     def shares_vision(self, policy):
         """True when the OpenVLA `policy` computes the same patch embeddings, so that one vision pass can serve both in a
-        rollout. `train` leaves the vision side of the SFT policy as it was, for this reason."""
+        rollout. `fit` leaves the vision side of the SFT policy as it was, for this reason."""
         states = (model.state_dict().items() for model in (self.model, policy))  # of towers and projector:
         mine, theirs = ({k: v for k, v in state if not k.startswith("language_model.")} for state in states)
         return mine.keys() == theirs.keys() and all(torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine)
+
+    def action_statistics(self, unnorm_key):
+        """(q01, q99, mask), each (7,): what action tokens mean to it."""
+        return self.model.action_statistics(unnorm_key)
 
     def score_frames(self, frames, instructions, actions=None):
         """Scores (B,) float64 numpy of frames (B, H, W, 3) uint8 upright, each with its instruction and, where `actions`
@@ -345,20 +356,31 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def load_reward_model(path, actor_critic, mode, dtype=torch.float32, device="cpu"):
+def load_reward_model(path, actor_critic, mode, unnorm_key=None, dtype=torch.float32, device="cpu"):
     """What `train.py --reward-model` names, as an object with `score_rollout(rollout, mode)`.
 
-    actor_critic: whose rollouts are scored. Where its vision side is frozen and the RPRM's is the same, the
+    actor_critic: whose rollouts are scored, of actions by its statistics `unnorm_key` (None: the only ones). Where its vision side is frozen and the RPRM's is the same, the
     patch embeddings that the rollout holds already serve both; an RPRM with another vision side looks at the frames.
     """
     if mode == "none":
         return NoReward()
     reward_model, policy = read_reward_model(path, dtype, device), actor_critic.model
-    if isinstance(reward_model, VLM):
+    is_vlm = isinstance(reward_model, VLM)
+    if not is_vlm:
+        sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{path} was trained from another model than the policy: image or vocabulary differ"
+            )
+    if mode == "sum":  # the one mode that shows it the policy's action tokens
+        ours, theirs = policy.action_statistics(unnorm_key), reward_model.action_statistics(unnorm_key)
+        if theirs is not None and not all(map(np.array_equal, ours, theirs)):
+            raise UserError(
+                f"{path} has other action statistics than the policy, so it would read other motions than are made: "
+                "train one from this policy (python -m scripts.rprm train), or take --prm-mode potential"
+            )
+    if is_vlm:
         return RolloutScorer(reward_model, "frames", policy.action_tokenizer.ascending_bins)
-    sizes = [(m.image_size, m.num_patches, m.text["vocab_size"]) for m in (reward_model.model, policy)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{path} was trained from another model than the policy: image or vocabulary differ")
     if not actor_critic.vision_frozen:
         return RolloutScorer(reward_model, "pixel_values")
     shared = reward_model.shares_vision(policy)
@@ -441,7 +463,8 @@ def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
     if mode == "sum":
         return weight * scores
     if mode == "potential":
-        return weight * (gamma * next_scores * (1.0 - 1.0 * terminated) - scores)
+        goes_on = 1.0 - 1.0 * terminated  # numpy and torch alike: bool to float
+        return weight * (gamma * next_scores * goes_on - scores)
     raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
 
 
@@ -471,7 +494,11 @@ class Examples:
 
 
 def make_examples(reward_model, trajectories, suite, summary):
-    """The rows that carry a label, of (trajectory, Labels) pairs -> Examples. summary: for the error message."""
+    """The rows that carry a label, of (trajectory, Labels) pairs -> Examples. summary: for the error message.
+
+    A trajectory is a dict of `scripts.rprm.read_trajectories`: "frames" (T, H, W, 3) uint8 upright, "actions" (T, 7) in the
+    file convention, "file" and "instruction".
+    """
     from simulator.sentences import sentence_of  # late: LIBERO takes seconds to import
 
     instructions, parts = [], []
@@ -551,7 +578,7 @@ def fit(
     parameters = reward_model.parameters
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(train) / batch_size)
     positives = train.labels.sum()
@@ -569,16 +596,16 @@ def fit(
             drawn = torch.multinomial(weights, steps * batch_size, True, generator=generator)
             for rows in drawn.split(batch_size):
                 hidden = torch.rand(batch_size, generator=generator) < action_dropout  # shown without action
-                for group in optimiser.param_groups:  # linear decay to zero
+                for group in optimizer.param_groups:  # linear decay to zero
                     group["lr"] = lr * (1 - bar.n / bar.total)
-                optimiser.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 for part in torch.arange(batch_size).split(micro_batch_size or batch_size):
                     loss = answer_loss(reward_model, train.select(rows[part]), hidden[part], whole_vocabulary)
                     loss = loss * len(part) / batch_size  # Eq. 3, this micro-batch's share of it
                     loss.backward()
                     epoch_loss += loss.item() / steps
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimiser.step()
+                optimizer.step()
                 bar.update()
             history.append({"epoch": epoch, "train_loss": epoch_loss, **measure(reward_model, held_out)})
             bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("auroc", "nll")})

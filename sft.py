@@ -4,8 +4,8 @@ OpenVLA learns to act as a language model learns to write: each of the 7 action 
 cross entropy of the demonstrated tokens given image, instruction and the tokens before them (teacher forcing). Five things
 around that loss:
 
-* Statistics. The 1st and 99th percentile of every action dimension bound what is mapped to [-1, 1] and put into 256 bins.
-  They are saved with the weights, one entry per data set, because decoding needs the same numbers.
+* Statistics. The 1st and 99th percentile of each of the six motions bound what is mapped to [-1, 1]; the gripper stays 0 or
+  1. All are put into 256 bins. They are saved with the weights, one entry per data set, because decoding needs the same numbers.
 * Soft targets. Neighbouring bins mean nearly the same motion. The tiny model, which starts from random weights, is told so:
   the target of a translation is a narrow Gaussian over bins (`--label-sigma`); 0 is plain cross entropy. Rotations keep one-hot
   targets: nearly all are close to zero, a few turns set their range, and where zero lies at its end a Gaussian that is cut off
@@ -20,8 +20,8 @@ around that loss:
 Held-out loss and accuracy are measured on whole demonstrations that were left out. They do not tell how the policy acts;
 `--eval-every` does, in the simulator.
 
-    python sft.py --suite libero_object --data data --out checkpoints/libero_object/policy
-    python sft.py --resume checkpoints/libero_object/policy              # go on exactly where a training was stopped
+    python sft.py --suite libero_object --data data --out runs/object/policy
+    python sft.py --resume runs/object/policy              # go on exactly where a training was stopped
 
 At 7B adapters are trained instead of the weights, with the official recipe, on one GPU or, by torchrun, several:
 

@@ -22,7 +22,8 @@ from typing import Optional
 
 from support.cli import flag, parse_args
 
-# What differs between the two sizes. 7B: the paper's, else the release's (docs/hyperparameters.md); tiny: found on 2 cores.
+# What differs between the two sizes. 7B: the paper's where it says, else the release's, but for total_steps, the sizes of
+# batches and eval_*, which are ours (docs/hyperparameters.md says why); tiny: found on 2 cores.
 # With num_steps 32, lr 1e-3 and Eq. 4, libero_goal gained little and libero_10 got worse (docs/results.md).
 DEFAULTS = {
     "tiny": dict(
@@ -36,7 +37,7 @@ DEFAULTS = {
         curriculum="eq4", eval_every=20,
     ),
 }  # fmt: skip
-# Many tasks of these suites are two in a row: longer episodes.
+# Nine tasks of libero_10 and eleven of libero_90 are two in a row: longer episodes.
 LONG_SUITES = ("libero_10", "libero_90")
 LONG_DEFAULTS = {"tiny": dict(max_episode_steps=320), "7B": dict(max_episode_steps=300)}
 
@@ -151,9 +152,9 @@ class Args:
         min=0,
     )
     entropy_coef: float = flag(0.0, "entropy bonus", min=0)
-    max_grad_norm: float = flag(1.0, "gradient norm limit", min=0)
+    max_grad_norm: float = flag(1.0, "limit of the gradient's norm, of policy and of critic each", min=1e-6)
     target_kl: Optional[float] = flag(
-        None, "stop a policy update beyond this KL of a mini-batch", default="off", min=0
+        None, "stop a policy update beyond this KL of a mini-batch", default="off", min=1e-6
     )
     # Model
     lora_rank: int = flag(32, "rank of the adapters", min=1, max=4096)
@@ -165,7 +166,8 @@ class Args:
     )
     critic: str = flag(
         "adapter",
-        "critic: an own adapter on the same backbone, the policy's adapter, a second backbone, or none (its value is 0)",
+        "adapter: an own one on the same backbone; shared: the policy's; separate: on a second backbone (the paper's); "
+        "none: its value is 0",
         choices=("adapter", "shared", "separate", "none"),
     )
     gradient_checkpointing: bool = flag(
@@ -257,7 +259,7 @@ def main(args):
         policy, args.lora_rank, args.lora_alpha, args.lora_targets, args.critic, args.whole_vocabulary
     )
     reward_model = load_reward_model(
-        args.reward_model, actor_critic, args.prm_mode, policy.dtype, ranks.device
+        args.reward_model, actor_critic, args.prm_mode, unnorm_key, policy.dtype, ranks.device
     )
     if args.shard:
         actor_critic.shard(ranks)
@@ -268,7 +270,7 @@ def main(args):
     iterations = max(1, math.ceil(args.total_steps / (args.num_envs * args.num_steps)))
     run.make_directory()
     ranks.print0(banner(args, actor_critic, f"{size}: {reason}", ranks, iterations))
-    curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau, deferred=True)
+    curriculum = Curriculum(args.task_ids, args.curriculum, args.curriculum_tau)
     envs = LiberoVecEnv(
         args.suite, len(own), args.task_ids, action_repeat=policy.action_repeat, max_steps=args.max_episode_steps,
         render=args.render, seed=args.seed, init_states=args.init_states, curriculum=curriculum,
@@ -284,6 +286,7 @@ def main(args):
     # Generators: of the mini-batch order, and one per environment, so that no one's luck depends on the others.
     order = torch.Generator().manual_seed(args.seed)
     samplers = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in own]
+    # Flags of the same name; value_coef and normalize_advantages have none and keep their defaults.
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(PPOConfig) if hasattr(args, f.name)}
     ppo_config = PPOConfig(**settings)
 
@@ -353,7 +356,7 @@ def main(args):
 
             # Curriculum: it counts the episodes of all ranks, in one order whoever played them.
             episodes = sorted(e for part in ranks.gather(rollout.finished_episodes(own.start)) for e in part)
-            curriculum.commit([(task_id, won) for _, _, task_id, won in episodes])
+            curriculum.update([(task_id, won) for _, _, task_id, won in episodes])
             run.lap("slowest_rank")
 
             # Reward = sparse + RPRM (3.4).

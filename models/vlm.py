@@ -164,17 +164,20 @@ class VLM:
         for a stock model, which is shown none."""
         if self.info is None:
             return None
-        low, high, mask = self._statistics()
+        low, high, mask = self.action_statistics()
         x = np.where(mask, 2 * (actions - low) / np.maximum(high - low, 1e-8) - 1, actions)
         return torch.from_numpy(np.digitize(np.clip(x, -1.0, 1.0), EDGES).astype(np.int64) - 1)
 
     def decode_actions(self, bins, suite=None):
-        low, high, mask = self._statistics()
+        low, high, mask = self.action_statistics()
         x = CENTRES[bins.numpy()]
         return np.where(mask, 0.5 * (x + 1) * (high - low) + low, x)
 
-    def _statistics(self):
-        return (np.array(self.info["action"][name]) for name in ("q01", "q99", "mask"))
+    def action_statistics(self, unnorm_key=None):
+        """(q01, q99, mask), each (7,), that it was tuned with: it has but these; None for a stock model."""
+        if self.info is None:
+            return None
+        return tuple(np.array(self.info["action"][name]) for name in ("q01", "q99", "mask"))
 
     def answer_logits(self, batch, hidden, whole_vocabulary=False):
         rows = zip(batch.instructions, batch.actions.tolist(), hidden.tolist(), strict=True)

@@ -10,9 +10,9 @@
 #   pro       start policy and default training on LIBERO-PRO's variants of the suite, and told another sentence
 #
 # SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments), SEEDS="0 1 2", METHODS (of table2;
-# default: all seven; the first is what the others are compared with) and EPISODES are environment variables. What is small
-# of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an hour on 2 cores. What is
-# there is skipped, what was interrupted goes on.
+# default: all seven; the first is what the others are compared with), EPISODES and, for a quick try, TASKS are environment
+# variables. What is small of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an
+# hour on 2 cores. What is there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
@@ -22,14 +22,20 @@ SEEDS=${SEEDS:-0 1 2}
 WORK=${WORK:-runs/evidence}
 RESULTS=${RESULTS:-results}
 EPISODES=${EPISODES:-} # test episodes per task at the end, instead of 50 or 20
+TASKS=${TASKS:-}       # tasks to train on and to evaluate, as in 0,1,2, instead of all ten
 FLAGS=${FLAGS:-}       # more flags of every training
+
+IFS=, read -ra tasks <<<"${TASKS:-0,1,2,3,4,5,6,7,8,9}"
+only=(${TASKS:+--task-ids "$TASKS"})
+# What an evaluation is called: results.json, and with EPISODES, as in results-500.json, how many it has.
+named() { echo "results${EPISODES:+-$((${#tasks[@]} * EPISODES))}"; }
 
 # evaluate SUITE POLICY DIRECTORY FLAGS
 evaluate() {
   local suite=$1 policy=$2 out=$3
   shift 3
   [ -e "$out/results.json" ] || $PY eval.py --suite "$suite" --checkpoint "$policy" --out "$out" \
-    --episodes-per-task "${EPISODES:-20}" --num-envs 16 "$@"
+    --episodes-per-task "${EPISODES:-20}" --num-envs 16 "${only[@]}" "$@"
 }
 
 # policy METHOD SEED FLAGS: one training, to runs/evidence. What is small of it goes to results, with the policy's LoRA adapter,
@@ -48,7 +54,7 @@ policy() {
   else
     # shellcheck disable=SC2086  # FLAGS holds several
     $PY train.py --suite "$SUITE" --seed "$seed" --start-episodes 0 --eval-every 0 --final-episodes 0 --video-every 0 \
-      --out "$run" "$@" $FLAGS
+      --out "$run" "${only[@]}" "$@" $FLAGS
   fi
   if [ ! -e "$small/config.json" ]; then
     local checkpoints=("$run"/checkpoints/[0-9]*)
@@ -61,7 +67,8 @@ policy() {
 
 # learn METHOD SEED FLAGS: the same, and its policy on the test states.
 learn() {
-  local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2 result=results${EPISODES:+-$((10 * EPISODES))}
+  local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2 result
+  result=$(named)
   runs+=("$small")
   if [ ! -e "$small/$result.json" ]; then
     policy "$@"
@@ -75,12 +82,12 @@ compare() {
   local out=$RESULTS/$SUITE/$1
   shift
   $PY -m support.compare methods --runs "$(IFS=, && echo "${runs[*]}")" --out "$out.png" \
-    --results "results${EPISODES:+-$((10 * EPISODES))}.json" "$@" | tee "$out.md"
+    --results "$(named).json" "$@" | tee "$out.md"
 }
 
 suites() {
   local EPISODES=${EPISODES:-50} SUITE result
-  result=results-$((10 * EPISODES)).json
+  result=$(named).json
   for SUITE in $SUITES; do
     if [ ! -e "$RESULTS/$SUITE/start/$result" ]; then
       evaluate "$SUITE" "checkpoints/$SUITE/policy" "$WORK/$SUITE/start-$EPISODES"
@@ -144,7 +151,8 @@ budget() {
 # LIBERO-PRO's variants of SUITE, and SUITE and its _task told other sentences: TOLD lists for every task the stock task whose
 # sentence fits the goal of _task. So _task_told has the right sentence, in stock words, and _told the wrong one.
 pro() {
-  local columns='' change name checkpoint made result=results${EPISODES:+-$((10 * EPISODES))}
+  local columns='' change name checkpoint made result
+  result=$(named)
   [ "$SUITE" != libero_object ] || : "${TOLD:=1,0,5,4,7,3,9,6,2,8}"
   : "${TOLD:?is to list, for every task of $SUITE, the stock task whose sentence fits the goal of ${SUITE}_task}"
   for name in start $(printf 'rl-seed%s ' $SEEDS); do
@@ -157,7 +165,7 @@ pro() {
       mkdir -p "${made%/*}"
       if [[ $change = *_told ]]; then
         $PY -m bench sentence --suite "$SUITE${change%_told}" --checkpoint "$checkpoint" --told "$TOLD" \
-          --episodes-per-task "${EPISODES:-20}" --seed "$seed" --out "$made"
+          --episodes-per-task "${EPISODES:-20}" --seed "$seed" --out "$made" "${only[@]}"
       else
         evaluate "$SUITE$change" "$checkpoint" "$WORK/$SUITE$change/$name-$result" --seed "$seed"
         cp "$WORK/$SUITE$change/$name-$result/results.json" "$made"

@@ -9,7 +9,7 @@ import json
 import numpy as np
 
 # until November 2026
-_OLD_NAMES = {"parked": "idle", "asked_now": "assigned_now", "asked_next": "assigned_next"}
+_OLD_NAMES = {"parked": "idle", "asked_next": "assigned_next"}
 
 
 def current_names(state):

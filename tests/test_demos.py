@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (["--policy", "checkpoints/libero_object/policy", "--check"], "leave --policy out"),
         (["--policy", "checkpoints/libero_object/policy", "--action-repeat", "1"], "give --action-repeat 4"),
         (["--video", "1"], "give --check as well"),
+        (["--check", "--episodes-per-task", "51"], "--episodes-per-task"),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, flags, what):
@@ -44,6 +45,16 @@ def test_bad_flags_are_one_line(tmp_path, flags, what):
     )
     assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_a_check_plays_the_states_asked_for_and_films_the_first_of_them(tmp_path):
+    command = [sys.executable, "demos.py", "--suite", "libero_object", "--task-ids", "8", "--check"]
+    flags = ["--episodes-per-task", "3", "--video", "1", "--num-workers", "2", "--out", str(tmp_path)]
+    run = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "libero_object: 3/3 = 100 %" in run.stdout, run.stderr
+    assert [p.name for p in tmp_path.rglob("*.mp4")] == ["task08_state00_success.mp4"]
 
 
 @pytest.mark.libero

@@ -155,13 +155,13 @@ def test_the_curriculum_counts_episodes_in_the_order_of_one_process():
             )
         return buffer.finished_episodes(environments.start)
 
-    one = envs.Curriculum([0, 1], window=3, deferred=True)
+    one = envs.Curriculum([0, 1], window=3)
     order = zip(*np.nonzero(ended & ~lost), strict=True)
-    one.commit([(int(task_ids[t, n]), bool(won[t, n])) for t, n in order])
+    one.update([(int(task_ids[t, n]), bool(won[t, n])) for t, n in order])
     for ranks in (1, 2, 3):
         parts = [finished(range(r * N // ranks, (r + 1) * N // ranks)) for r in range(ranks)]
-        several = envs.Curriculum([0, 1], window=3, deferred=True)
-        several.commit([(task, success) for _, _, task, success in sorted(e for part in parts for e in part)])
+        several = envs.Curriculum([0, 1], window=3)
+        several.update([(task, success) for _, _, task, success in sorted(e for part in parts for e in part)])
         assert several.state_dict()["outcomes"].tolist() == one.state_dict()["outcomes"].tolist()
         assert several.num_updates == one.num_updates > 10
 

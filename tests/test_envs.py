@@ -30,8 +30,7 @@ def _taught(mode, tau=0.3, window=100):
     """Task 5: 8 successes of 10, task 7: 1 of 10, task 9: never played."""
     curriculum = Curriculum([5, 7, 9], mode, tau=tau, window=window)
     for task, successes in [(5, 8), (7, 1)]:
-        for k in range(10):
-            curriculum.update(task, k < successes)
+        curriculum.update([(task, k < successes) for k in range(10)])
     return curriculum
 
 
@@ -54,24 +53,14 @@ def test_curriculum_samples_at_its_probabilities():
     np.testing.assert_allclose(shares, curriculum.probabilities(), atol=0.03)
 
 
-def test_a_deferred_curriculum_counts_at_the_commit_only():
-    curriculum = Curriculum([0, 1], deferred=True)
-    curriculum.update(0, True)
-    assert curriculum.num_updates == 0 and curriculum.success_rates().tolist() == [0.5, 0.5]
-    curriculum.commit([(1, False), (1, False)])  # all ranks' outcomes, in place of this process's own
-    assert curriculum.num_updates == 2 and curriculum.success_rates().tolist() == [0.5, 0.25]
-
-
 def test_curriculum_forgets_and_resumes():
     curriculum = Curriculum([0, 1], window=4)
-    for success in [False] * 6 + [True] * 3:
-        curriculum.update(0, success)
+    curriculum.update((0, success) for success in [False] * 6 + [True] * 3)
     np.testing.assert_allclose(curriculum.success_rates(), [4 / 6, 0.5])  # of the last four: F T T T
     copy = Curriculum([0, 1], window=4)
     copy.load_state_dict(curriculum.state_dict())
     for c in (curriculum, copy):
-        c.update(0, False)  # pushes out the oldest, so order must have survived
-        c.update(1, True)
+        c.update([(0, False), (1, True)])  # the first pushes out the oldest, so order must have survived
     assert copy.probabilities().tolist() == curriculum.probabilities().tolist()
     assert copy.num_updates == curriculum.num_updates
     with pytest.raises(UserError, match="saved state"):
@@ -334,7 +323,7 @@ def test_saved_state_continues_equally(one, two, tmp_path):
     np.testing.assert_array_equal(obs["agentview"], state["agentview"])
     _assert_same(expected, _rollout(two, 5, first=4))
     # until November 2026
-    names = {"idle": "parked", "assigned_now": "asked_now", "assigned_next": "asked_next"}
+    names = {"idle": "parked", "assigned_next": "asked_next"}
     two.set_state({names.get(key, key): x for key, x in state.items()})
     _assert_same(expected, _rollout(two, 5, first=4))
     with pytest.raises(UserError, match="settings"):
@@ -371,16 +360,14 @@ def test_a_saved_state_continues_equally_before_a_mirror():
 @libero
 def test_curriculum_is_asked_and_told(one):
     one.curriculum, before = Curriculum(TASKS, "eq4", tau=0.01), one.curriculum
-    for _ in range(20):
-        one.curriculum.update(0, True)  # task 0 is easy, so Eq. 4 at this temperature only plays task 1
+    one.curriculum.update([(0, True)] * 20)  # task 0 is easy, so Eq. 4 at this temperature only plays task 1
     try:
         obs, _ = one.reset(seed=1)
         assert obs["task_id"].tolist() == [1] * N
         _rollout(one, 3)
-        assert one.curriculum.num_updates == 20 + N
+        assert one.curriculum.num_updates == 20  # its owner tells it outcomes, the environments do not
         one.curriculum.load_state_dict(Curriculum(TASKS).state_dict())
-        for _ in range(20):
-            one.curriculum.update(1, True)
+        one.curriculum.update([(1, True)] * 30)
         # fresh statistics, not those of an episode ago
         assert _rollout(one, 3)[-1]["next_task"].tolist() == [0] * N
     finally:

@@ -70,8 +70,6 @@ class Script:
             "final_obs": final,
         }
         for n in np.flatnonzero(won | cut):
-            if ends[n] != "lost":
-                self.curriculum.update(self.at[n, 0] % 2, won[n])
             self.at[n] = self.at[n, 0] + 1, 0
         self.seen.append(self.at.copy())
         return self.observation(), won.astype(np.float32), won, cut, info

@@ -285,6 +285,20 @@ def test_a_reward_model_of_another_vocabulary_is_refused(tiny, tmp_path):
         rm.load_reward_model(tmp_path / "rprm", ActorCritic(other, lora_rank=2), "sum")
 
 
+def test_a_reward_model_that_reads_actions_otherwise_is_refused_where_it_is_shown_them(tiny, tmp_path):
+    """`sum` hands it the policy's action tokens, whose motions follow from the statistics in its own checkpoint."""
+    save_reward_model(copy_of(tiny), tmp_path / "rprm")
+    policy = copy_of(tiny)
+    wider = {**policy.norm_stats["toy"]["action"], "q99": [1.5] + [1.0] * 6}
+    policy.norm_stats = {"toy": {"action": wider}, "other": policy.norm_stats["toy"]}
+    policy = ActorCritic(policy, lora_rank=2, targets="language")
+    with pytest.raises(UserError, match="other action statistics than the policy.*--prm-mode potential"):
+        rm.load_reward_model(tmp_path / "rprm", policy, "sum", "toy")
+    with pytest.raises(UserError, match="no action statistics 'other'"):
+        rm.load_reward_model(tmp_path / "rprm", policy, "sum", "other")
+    assert rm.load_reward_model(tmp_path / "rprm", policy, "potential", "toy").source == "patch_embeddings"
+
+
 # ---- an adapter, for 7B ----------------------------------------------------------------------------------------------
 
 

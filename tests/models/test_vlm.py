@@ -97,6 +97,9 @@ def test_bins_are_the_policys(policy):
         and bins.min() == 0
         and bins.max() == 255
     )
+    # A word that is no action, which --whole-vocabulary may sample, is the nearest end, as `decode` has it.
+    words = torch.tensor([0, policy.model.action_tokenizer.first - 1, policy.model.text["vocab_size"] - 1])
+    assert policy.model.action_tokenizer.ascending_bins(words).tolist() == [255, 255, 0]
     np.testing.assert_array_equal(vlm.decode_actions(bins), policy.model.decode_actions(tokens, "toy"))
 
 
@@ -160,6 +163,10 @@ def test_a_vlm_learns_the_labels_by_its_adapter(qwen, policy, tmp_path):
     rollout = rollout_of(rows.images[:2].numpy()[None].repeat(4, 0), texts, tokens.repeat(3, 1, 1))
     shown, _ = rm.load_reward_model(str(tmp_path / "rprm"), policy, "sum").score_rollout(rollout, "sum")
     np.testing.assert_allclose(shown[0], rm.predict(again, rows.select([0, 1])), atol=1e-4)
+    other = ActorCritic(small_openvla(), lora_rank=2, targets="language")
+    other.model.norm_stats = {"toy": {"action": {**STATS["toy"]["action"], "q01": [-2.0] * 7}}}
+    with pytest.raises(UserError, match="other action statistics than the policy"):
+        rm.load_reward_model(str(tmp_path / "rprm"), other, "sum")
     alone, _ = rm.load_reward_model(str(tmp_path / "rprm"), policy, "potential").score_rollout(
         rollout, "potential"
     )
