@@ -9,16 +9,13 @@ Three properties make its demonstrations learnable by a small policy that sees o
    (DART, arXiv 1703.09327).
 """
 
-from pathlib import Path
-
 import libero.libero.envs.bddl_utils as bddl_utils
 import numpy as np
-from libero.libero import get_libero_path
 
 from experts.knowledge import no_skill
 from experts.scene import Scene
 from experts.skills import Door, Drawer, Knob, PickAndPlace, Push
-from simulator.suites import get_suite
+from simulator.suites import bddl_path
 
 OPENED = 0.125  # metres that a drawer is pulled for something to go in: a bowl is 11 cm wide
 PUSHED = ("black_bowl", "white_bowl")  # ends of the names of what can be pushed aside from inside
@@ -120,9 +117,7 @@ class Expert:
 
 def goal_of(suite, task_id):
     """A task's goal as its BDDL file has it: a list of (predicate, *names)."""
-    task = get_suite(suite).get_task(task_id)
-    path = Path(get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
-    problem = bddl_utils.robosuite_parse_problem(str(path))
+    problem = bddl_utils.robosuite_parse_problem(str(bddl_path(suite, task_id)))
     return [tuple(predicate) for predicate in problem["goal_state"]]
 
 

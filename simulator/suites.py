@@ -61,8 +61,9 @@ def num_tasks(suite):
 
 
 def check_task_ids(suite, task_ids):
-    """Return `task_ids` (all tasks when None) or raise UserError naming the valid range."""
-    n = num_tasks(suite)
+    """Return `task_ids` (all tasks when None). UserError that names the valid range, or a task whose BDDL file is missing."""
+    known = get_suite(suite)
+    n = known.n_tasks
     task_ids = list(range(n)) if task_ids is None else list(task_ids)
     bad = [t for t in task_ids if not 0 <= t < n]
     if bad or not task_ids:
@@ -70,6 +71,8 @@ def check_task_ids(suite, task_ids):
         raise UserError(f"task id {which} is not in {suite}: valid ids are 0 to {n - 1}")
     if len(set(task_ids)) < len(task_ids):
         raise UserError(f"task ids {','.join(map(str, task_ids))}: name each task once")
+    for task_id in task_ids:
+        _bddl_path(suite, task_id, known.get_task(task_id))
     return task_ids
 
 
@@ -164,7 +167,10 @@ def paths_come_from():
 
 def bddl_path(suite, task_id):
     """The BDDL file of a task. UserError where it is missing, as for a few suites of the package."""
-    task = get_suite(suite).get_task(task_id)
+    return _bddl_path(suite, task_id, get_suite(suite).get_task(task_id))
+
+
+def _bddl_path(suite, task_id, task):
     path = resource_dir("bddl_files") / task.problem_folder / task.bddl_file
     if not path.is_file():
         raise UserError(f"{suite} task {task_id} has no BDDL file: {path} does not exist{paths_come_from()}")

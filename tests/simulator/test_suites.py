@@ -90,6 +90,13 @@ def test_number_of_initial_states_is_the_packages():
     assert counts["libero_object_with_trigger"] == {0}
 
 
+def test_a_suite_whose_tasks_the_package_does_not_have_is_refused_at_once():
+    """LIBERO's register names it, but the package lacks the files: every command's first check says so."""
+    assert "libero_goal_env" in known_suites() and suites.num_tasks("libero_goal_env") == 10
+    with pytest.raises(UserError, match="libero_goal_env task 3 has no BDDL file: .*does not exist"):
+        suites.check_task_ids("libero_goal_env", [3])
+
+
 @pytest.mark.parametrize(
     "config, words",
     [
