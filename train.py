@@ -23,7 +23,7 @@ from typing import Optional
 from support.cli import flag, parse_args
 
 # What differs between the two sizes. 7B: the paper's where it says, else the release's, but for total_steps, the sizes of
-# batches and eval_*, which are ours (docs/hyperparameters.md says why); tiny: found on 2 cores.
+# batches and eval_*, which are ours (docs/hyperparameters.md); tiny: found on 2 cores.
 # With num_steps 32, lr 1e-3 and Eq. 4, libero_goal gained little and libero_10 got worse (docs/results.md).
 DEFAULTS = {
     "tiny": dict(

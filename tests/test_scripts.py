@@ -90,7 +90,7 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
         "SUITES": "libero_object",
         "SEEDS": "3",
         "EPISODES": "1",
-        "TASKS": "2,9",  # those at which the start policy succeeds soonest
+        "TASKS": "2,9",  # those at which the start policy succeeds most often
         "FLAGS": small,
     }
     settings |= {"WORK": str(tmp_path / "work"), "RESULTS": str(tmp_path / "results")}
