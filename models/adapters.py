@@ -18,8 +18,7 @@ from models.checkpoints import replace_files
 from models.sharding import is_first_rank, whole_tensor
 from support.errors import UserError
 
-# Full-match patterns over module names. (A list of suffixes would also catch `patch_embed.proj`, a
-# convolution.)
+# Full-match patterns over module names. (A list of suffixes would also catch `patch_embed.proj`, a convolution.)
 LORA_TARGETS = {
     "all": r".*(attn\.qkv|attn\.proj|mlp\.fc[12]|projector\.fc[123]|[qkvo]_proj|gate_proj|up_proj|down_proj)",
     "language": r"language_model\..*([qkvo]_proj|gate_proj|up_proj|down_proj)",
@@ -198,8 +197,7 @@ def base_fingerprint(layers, tensor_of):
 
 
 def save_adapter(directory, adapter):
-    """Write an adapter in peft's format (which reads it on the official model too), with the fingerprint of
-    its base."""
+    """Write an adapter in peft's format (which reads it on the official model too), with the fingerprint of its base."""
     directory.mkdir()
     adapter.config.save_pretrained(directory)
     tensors = {f"base_model.model.{name}": p.detach().cpu() for name, p in adapter.named_parameters().items()}

@@ -1,5 +1,4 @@
-"""OpenVLA's parts under their official tensor names: the vision tower (a ViT), the projector, and a layer of
-the Llama.
+"""OpenVLA's parts under their official tensor names: the vision tower (a ViT), the projector, and a layer of the Llama.
 
 Written out, because that is shorter than what it takes to make timm's and transformers' versions return these
 states, and because `LlamaLayer` serves all three ways in which the policy runs it: whole sequences, single
@@ -13,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_block(block, *args, gradient_checkpointing=False):
-    """block(*args); with gradient checkpointing its activations are computed again in the backward pass, not
-    kept."""
+    """block(*args); with gradient checkpointing its activations are computed again in the backward pass, not kept."""
     if gradient_checkpointing and torch.is_grad_enabled():
         # Nothing in these blocks is random.
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
@@ -73,8 +71,7 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """Patch features of the second-to-last block, without the final norm: the last block is not even built.
 
-    With register tokens it is a DINOv2 (class token, registers, LayerScale), without them a SigLIP (patches
-    only).
+    With register tokens it is a DINOv2 (class token, registers, LayerScale), without them a SigLIP (patches only).
     """
 
     def __init__(self, size):

@@ -26,8 +26,7 @@ from tokenizers import Tokenizer
 from support.errors import UserError
 from support.files import read_json, sync_directory
 
-# The official config.json leaves these out: they are transformers 4.40.1's Llama defaults and timm's model
-# definitions.
+# The official config.json leaves these out: they are transformers 4.40.1's Llama defaults and timm's model definitions.
 LLAMA_DEFAULTS = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
     rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, pad_token_id=32000,
@@ -141,10 +140,9 @@ def check_config(config):
 def resolve_checkpoint(name, kind="policy"):
     """What a person calls a checkpoint -> its directory, a Path. kind: "policy" or "reward model".
 
-    A directory is itself, or where it is a run's (or `checkpoints/<suite>`) its `policy` or `rprm`; any other
-    name of the form owner/name is looked for in the hub's cache, then on the hub, whatever else lies in the
-    current directory. Raises UserError that says what was tried, and for a policy of another kind than is
-    understood here.
+    A directory is itself, or where it is a run's (or `checkpoints/<suite>`) its `policy` or `rprm`; any other name of
+    the form owner/name is looked for in the hub's cache, then on the hub, whatever else lies in the current directory.
+    Raises UserError that says what was tried, and for a policy of another kind than is understood here.
     """
     path = Path(name).expanduser()
     folder = _own_or_inner(path, kind) if path.is_dir() else _from_hub(str(name), kind)
@@ -228,8 +226,7 @@ def refuse_relatives(folder):
 
 
 def weight_files(folder):
-    """The safetensors files of a checkpoint, sorted. Raises UserError if one that the index names is
-    missing."""
+    """The safetensors files of a checkpoint, sorted. Raises UserError if one that the index names is missing."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -410,8 +407,7 @@ def write_checkpoint(directory, config, tensors, final, side_files, max_shard_by
 
 
 def plan_shards(sizes, max_shard_bytes):
-    """{tensor name: bytes} -> {file name: [tensor names]}, each file at most `max_shard_bytes` (or one
-    tensor)."""
+    """{tensor name: bytes} -> {file name: [tensor names]}, each file at most `max_shard_bytes` (or one tensor)."""
     shards, size = [[]], 0
     for name in sorted(sizes):
         if size and size + sizes[name] > max_shard_bytes:

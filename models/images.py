@@ -1,9 +1,8 @@
 """From the simulator's frame to what the vision towers read, pixel for pixel as in OpenVLA's own evaluation.
 
-The official evaluation sends every frame through JPEG, a Lanczos resize and a crop, all in TensorFlow, and
-the policy has only ever seen the result. Every step below reproduces TensorFlow's pixels (at most 1 grey
-level off); each shortcut that looks harmless (Pillow's decoder, Pillow's Lanczos) moves pixels by up to 17
-levels.
+The official evaluation sends every frame through JPEG, a Lanczos resize and a crop, all in TensorFlow, and the policy
+has only ever seen the result. Every step below reproduces TensorFlow's pixels (at most 1 grey level off); each shortcut
+that looks harmless (Pillow's decoder, Pillow's Lanczos) moves pixels by up to 17 levels.
 """
 
 import functools
@@ -21,8 +20,7 @@ CROP_SIDE = math.sqrt(0.9)  # the crop keeps 90 % of the AREA
 
 @functools.lru_cache(maxsize=8)
 def _lanczos_matrix(size_in, size_out):
-    """(size_out, size_in) float32: antialiased Lanczos-3 as one matrix, so that a resize is two matrix
-    products."""
+    """(size_out, size_in) float32: antialiased Lanczos-3 as one matrix, so that a resize is two matrix products."""
     scale = size_in / size_out
     stretch = max(scale, 1.0)  # antialiasing: when shrinking, the kernel is as wide as 3 OUTPUT pixels
     centre = (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5) * scale
@@ -62,8 +60,7 @@ def _jpeg_round_trip(frame):
 
 
 def crop_and_normalize(images, crop="center", jitter=0.0, generator=None):
-    """images (B, 3, S, S) uint8 from `resize_frames` -> pixel_values (B, 6, S, S) float32, DINOv2's channels
-    first.
+    """images (B, 3, S, S) uint8 from `resize_frames` -> pixel_values (B, 6, S, S) float32, DINOv2's channels first.
 
     crop: "center" (evaluation), "random" (training: the same 90 % of the area, anywhere), "none".
     jitter: 0 = off; 1 = the official training recipe (brightness +-0.2, contrast and saturation 0.8 ... 1.2,
@@ -106,6 +103,5 @@ def _color_jitter(x, strength, generator):
 
 
 def preprocess_images(frames, image_size=224):
-    """frames (B, H, W, 3) uint8, upright (already rotated by 180 degrees) -> pixel_values (B, 6, S, S)
-    float32."""
+    """frames (B, H, W, 3) uint8, upright (already rotated by 180 degrees) -> pixel_values (B, 6, S, S) float32."""
     return crop_and_normalize(resize_frames(frames, image_size))

@@ -1,13 +1,10 @@
-"""Merge a run's policy adapter into the policy that the run started from, and write the result in the
-official layout.
+"""Merge a run's policy adapter into the policy that the run started from; write the result in the official layout.
 
     python -m models.merge --run runs/libero_object-seed0 --out policy              # its newest checkpoint
     python -m models.merge --run runs/x/checkpoints/000040 --out policy             # another one
-    python -m models.merge --adapter lora --base openvla/openvla-7b --out policy    # an adapter in peft's
-    format
+    python -m models.merge --adapter lora --base openvla/openvla-7b --out policy    # an adapter in peft's format
 
-From file to file, tensor by tensor: no model is built, and memory holds one shard. `train.py` writes the same
-at its end.
+From file to file, tensor by tensor: no model is built, and memory holds one shard. `train.py` writes the same at its end.
 """
 
 from dataclasses import dataclass
@@ -48,8 +45,7 @@ from support.files import read_json
 
 
 def find_adapter(run):
-    """A run directory (its newest checkpoint), or one of its checkpoints -> (adapter directory, policy that
-    the run started from)."""
+    """A run directory (its newest checkpoint), or one of its checkpoints -> (adapter directory, the policy it started from)."""
     path = Path(run)
     saved = sorted(p for p in (path / "checkpoints").glob("*") if p.name.isdigit())
     if (path / "config.json").is_file() and saved:
@@ -61,8 +57,7 @@ def find_adapter(run):
 
 
 def read_adapter(directory):
-    """{name of a base tensor: (A (r, in), B (out, r))} in float32, the scale of their product, and the base's
-    fingerprint or ""."""
+    """{name of a base tensor: (A (r, in), B (out, r))} in float32, the scale of their product, the base's fingerprint or ""."""
     config, path = read_json(directory / "adapter_config.json"), directory / "adapter_model.safetensors"
     for key in (
         "use_dora",
@@ -95,8 +90,7 @@ def read_adapter(directory):
 
 
 def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES):
-    """Write `base` (directory or hub id) with the adapter in the directory `adapter` merged: W + scale x B A
-    in place of W."""
+    """Write `base` (directory or hub id) with the adapter in the directory `adapter` merged: W + scale x B A for W."""
     folder = resolve_checkpoint(base)
     table, (pairs, scale, fingerprint) = tensor_table(folder), read_adapter(Path(adapter))
     files = {}

@@ -1,10 +1,9 @@
-"""A backbone spread over the ranks (FSDP2), for GPUs that cannot hold it. Everything that knows about it
-stands here.
+"""A backbone spread over the ranks (FSDP2), for GPUs that cannot hold it. Everything that knows about it stands here.
 
 A rank keeps 1 / W of each block, and fetches the rest of a block when it is that block's turn, in the forward
 pass and again in the backward pass. The price: every forward pass needs all ranks, and moves the whole
-backbone over the wires. So does each of the 7
-passes that decode an action, because there is no room for a merged copy: LoRA stays unmerged.
+backbone over the wires. So does each of the 7 passes that decode an action, because there is no room for a
+merged copy: LoRA stays unmerged.
 """
 
 import torch

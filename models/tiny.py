@@ -9,8 +9,7 @@ from torch import nn
 
 from support.quiet import silence_third_party
 
-# Ids 0, 1, 2 as in Llama; <act> plays 29871's part; "1" and "0" are the reward model's answers, success and
-# no success.
+# Ids 0, 1, 2 as in Llama; <act> plays 29871's part; "1" and "0" are the reward model's answers, success and no success.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<act>", "1", "0")
 
 
