@@ -77,23 +77,27 @@ learn() {
   fi
 }
 
-# compare NAME FLAGS: figure and table of all `runs`.
+# start NAME FLAGS: the start policy's evaluation of that name.
+start() {
+  local small=$RESULTS/$SUITE/start
+  if [ ! -e "$small/$1.json" ]; then
+    evaluate "$SUITE" "checkpoints/$SUITE/policy" "$WORK/$SUITE/start/$1" "${@:2}"
+    mkdir -p "$small"
+    cp "$WORK/$SUITE/start/$1/results.json" "$small/$1.json"
+  fi
+}
+
+# compare NAME: figure and table of all `runs`.
 compare() {
-  local out=$RESULTS/$SUITE/$1
-  shift
-  $PY -m support.compare methods --runs "$(IFS=, && echo "${runs[*]}")" --out "$out.png" \
-    --results "$(named).json" "$@" | tee "$out.md"
+  $PY -m support.compare methods --runs "$(IFS=, && echo "${runs[*]}")" --results "$(named).json" \
+    --out "$RESULTS/$SUITE/$1.png" | tee "$RESULTS/$SUITE/$1.md"
 }
 
 suites() {
   local EPISODES=${EPISODES:-50} SUITE result
   result=$(named).json
   for SUITE in $SUITES; do
-    if [ ! -e "$RESULTS/$SUITE/start/$result" ]; then
-      evaluate "$SUITE" "checkpoints/$SUITE/policy" "$WORK/$SUITE/start-$EPISODES"
-      mkdir -p "$RESULTS/$SUITE/start"
-      cp "$WORK/$SUITE/start-$EPISODES/results.json" "$RESULTS/$SUITE/start/$result"
-    fi
+    start "$(named)"
     for seed in $SEEDS; do learn rl "$seed"; done
   done
   $PY -m support.compare suites --results "$RESULTS" --evaluation "$result" --out "$RESULTS/suites.png" |
@@ -139,8 +143,11 @@ states() {
     on_both rl "$seed"
     on_both rl-protocol "$seed" --init-states protocol
   done
-  compare states
-  compare placements --results placements.json
+  start "$(named)"
+  start placements --fresh
+  runs+=("$RESULTS/$SUITE/start")
+  $PY -m support.compare tests --runs "$(IFS=, && echo "${runs[*]}")" --results "$(named).json,placements.json" \
+    --out "$RESULTS/$SUITE/states.png" | tee "$RESULTS/$SUITE/states.md"
 }
 
 budget() {

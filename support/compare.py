@@ -1,6 +1,8 @@
-"""Several runs or policies beside each other: methods and seeds, two evaluations of the same episodes, the paper's Table 1.
+"""Runs and policies beside each other: methods and seeds, on one test or two; two evaluations of the same episodes; the
+paper's Table 1.
 
     python -m support.compare methods --runs runs/full-seed0,runs/full-seed1,runs/none-seed0 --out comparison.png
+    python -m support.compare tests --runs runs/full-seed0,runs/none-seed0 --results results.json,placements.json
     python -m support.compare pair --before runs/eval-start --after runs/eval-trained --film before_after.gif
     python -m support.compare suites --results results --out suites.png
 
@@ -26,7 +28,10 @@ from support.report import (
     read_run,
     save_png,
 )
-from support.statistics import t_interval, wilson_interval
+from support.statistics import contrast_interval, t_interval, wilson_interval
+
+# Settings of an evaluation without which it says nothing beside another: a greedy one beside a sampled one, say.
+ALIKE = ("suite", "temperature", "whole_vocabulary", "fresh")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Methods and seeds
@@ -111,6 +116,75 @@ def _methods_table(methods):
             cells.append(" / ".join(f"{number:,}" for number in found))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Methods and seeds on two tests
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def tests(runs, files, path):
+    """Success of methods on two tests, such as LIBERO's states and random placements: a line from test to test for each run.
+
+    runs: directories METHOD-seedS, or METHOD (a policy without a seed). files: in each directory, what eval.py wrote by the one
+    test and by the other. path: PNG to write.
+    Returns a Markdown table. Rows: the methods, and their differences to the first, taken seed by seed. Columns: both tests, and
+    the first minus the second; the corner where the two meet is the difference of differences. Intervals: t over seeds, of one
+    seed over its episodes. Raises UserError where runs were not tested alike.
+    """
+    if len(files) != 2:
+        raise UserError(f"--results {','.join(files)}: give two files, one for each test")
+    won = {}  # method -> {seed: [(successes, episodes) by test]}
+    for file in files:
+        reference = None
+        for run in map(Path, runs):
+            result, episodes = _read_evaluation(run / file)
+            test = [result["settings"].get(name) for name in ALIKE], sorted(episodes)
+            if test != (reference := reference or test):
+                raise UserError(
+                    f"{runs[0]}/{file} and {run}/{file} are not of the same episodes, or not sampled alike"
+                )
+            method, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", run.name).groups()
+            won.setdefault(method, {}).setdefault(seed, []).append((sum(episodes.values()), len(episodes)))
+
+    rows = {method: [[(+1, run)] for run in seeds.values()] for method, seeds in won.items()}
+    first, *others = won
+    for method in others:
+        shared = [seed for seed in won[method] if seed in won[first]]
+        if shared:
+            rows[f"{method} - {first}"] = [[(+1, won[method][s]), (-1, won[first][s])] for s in shared]
+    names = [Path(file).stem for file in files]
+    lines = [f"| | {names[0]} | {names[1]} | {names[0]} - {names[1]} | seeds |", "|---|---:|---:|---:|---:|"]
+    for name, row in rows.items():
+        cells = [_contrast(row, signs) for signs in ((1, 0), (0, 1), (1, -1))]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row)} |")
+
+    figure = new_figure(figsize=(5, 4), dpi=130, layout="tight")
+    ax = figure.subplots()
+    for k, (method, seeds) in enumerate(won.items()):
+        rates = np.array([[100 * wins / n for wins, n in run] for run in seeds.values()])  # (seeds, 2)
+        for run in rates:
+            ax.plot([0, 1], run, "o-", ms=3, lw=0.8, alpha=0.5, color=f"C{k}")
+        ax.plot([0, 1], rates.mean(axis=0), "o-", ms=6, lw=2, color=f"C{k}", label=method)
+    n = "/".join(sorted({f"{n}" for seeds in won.values() for run in seeds.values() for _, n in run}))
+    ax.set(xticks=[0, 1], xticklabels=names, xlim=(-0.3, 1.3), ylabel=f"success rate (%) of {n} episodes")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    save_png(figure, path)
+    return "\n".join(lines)
+
+
+def _contrast(row, signs):
+    """A cell of `tests`. row: per seed [(sign, [(successes, episodes) by test])]. signs: of the tests, 0 leaves one out."""
+    seeds = [
+        [(sign * s, *result) for sign, run in signed for s, result in zip(signs, run, strict=True) if s]
+        for signed in row
+    ]
+    values = [100 * sum(sign * wins / n for sign, wins, n in terms) for terms in seeds]
+    interval = t_interval(values)
+    if len(seeds) == 1:
+        interval = [100 * end for end in contrast_interval(*seeds[0])]
+    return _cell(np.mean(values), interval, "+" if len(seeds[0]) > 1 else "")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -207,7 +281,7 @@ def _read_suite(directory, evaluation):
     """(start, {seed: trained}): who won which episode, each (episodes,) int 0 or 1 in the same order. None where either lacks.
 
     Of DIRECTORY/start/EVALUATION and DIRECTORY/rl-seedS/EVALUATION, which eval.py wrote. Raises UserError where these are not
-    of the same episodes or not sampled alike: a greedy evaluation beside a sampled one says nothing about training.
+    of the same episodes or not sampled alike.
     """
     file = directory / "start" / evaluation
     runs = {
@@ -221,7 +295,7 @@ def _read_suite(directory, evaluation):
     won = {}
     for seed, path in trained.items():
         result, after = _read_evaluation(path)
-        for name in ("suite", "temperature", "whole_vocabulary", "fresh"):
+        for name in ALIKE:
             one, other = (r["settings"].get(name) for r in (start, result))
             if one != other:
                 raise UserError(f"{file} and {path} are not alike: {name} is {one} and {other}")
@@ -271,6 +345,16 @@ class MethodsArgs:
 
 
 @dataclass
+class TestsArgs:
+    runs: list[str] = field(metadata={"help": "directories METHOD-seedS or METHOD, comma-separated"})
+    results: list[str] = flag(
+        ["results.json", "placements.json"],
+        "in each directory, eval.py's files by the two tests, comma-separated",
+    )
+    out: str = flag("runs/tests.png", "PNG to write")
+
+
+@dataclass
 class PairArgs:
     before: str = field(
         metadata={"help": "evaluation of the start policy: eval.py's directory or results.json"}
@@ -298,12 +382,18 @@ def main():
             MethodsArgs,
             "several methods and seeds: one plot, and a table with differences and intervals over seeds",
         ),
+        "tests": (
+            TestsArgs,
+            "methods and seeds on two tests: one plot, and a table with the difference of differences",
+        ),
         "pair": (PairArgs, "two evaluations of the same episodes: a table per task and the difference"),
         "suites": (SuitesArgs, "Table 1: the four suites before and after training, with intervals"),
     }
     command, args = parse_command(commands, "Runs, seeds and policies beside each other.")
     if command == "methods":
         print(methods(args.runs, args.out, args.results))
+    elif command == "tests":
+        print(tests(args.runs, args.results, args.out))
     elif command == "pair":
         print(pair(args.before, args.after, args.film))
     else:

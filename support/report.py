@@ -24,7 +24,7 @@ import numpy as np
 from support.cli import parse_command
 from support.errors import UserError, main_guard
 from support.files import atomic_write, write_film
-from support.statistics import difference_interval, wilson_interval
+from support.statistics import contrast_interval, wilson_interval
 
 # --------------------------------------------------------------------------------------------------------------------
 # A run's files
@@ -318,7 +318,7 @@ def _sentence(points, done):
     text = f"After {at:,} decisions the policy succeeds in <b>{_rate(*last)}</b> of the test states"
     if points[0][0] > 0:
         return f"{text}."
-    low, high = difference_interval(*points[0][1:], *last)
+    low, high = contrast_interval((+1, *last), (-1, *points[0][1:]))
     gain = last[0] / last[1] - points[0][1] / points[0][2]
     return (
         f"{text}, the start policy in <b>{_rate(*points[0][1:])}</b>: {100 * gain:+.1f} points "

@@ -18,18 +18,20 @@ def wilson_interval(successes, n, confidence=0.95):
     return float(interval.low), float(interval.high)
 
 
-def difference_interval(successes_before, n_before, successes_after, n_after):
-    """95 % interval of the difference of two success rates, after minus before: (low, high) (Newcombe's score interval).
+def contrast_interval(*terms):
+    """95 % interval of a sum of success rates with signs, each a term (+1 or -1, successes, episodes): (low, high).
 
-    Its parts are the two Wilson intervals. The episodes count as independent; that both policies met the same test states is not
-    used, which makes it a little too wide.
+    Of two terms it is Newcombe's score interval of a difference, of one Wilson's; of more what Zou and Donner (2008) call MOVER:
+    the distances to the ends of the Wilson intervals add up as standard deviations do. The episodes count as independent; that
+    policies met the same test states is not used, which makes it a little too wide.
     """
-    before, after = successes_before / n_before, successes_after / n_after
-    low_before, high_before = wilson_interval(successes_before, n_before)
-    low_after, high_after = wilson_interval(successes_after, n_after)
-    low = math.hypot(after - low_after, high_before - before)
-    high = math.hypot(high_after - after, before - low_before)
-    return after - before - low, after - before + high
+    value, below, above = 0.0, [], []
+    for sign, successes, n in terms:
+        rate, (low, high) = successes / n, wilson_interval(successes, n)
+        value += sign * rate
+        below.append(rate - low if sign > 0 else high - rate)
+        above.append(high - rate if sign > 0 else rate - low)
+    return value - math.hypot(*below), value + math.hypot(*above)
 
 
 def t_interval(values, confidence=0.95):

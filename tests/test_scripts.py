@@ -141,8 +141,11 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
         for file, fresh in (("results-2.json", False), ("placements.json", True)):
             result = json.loads((made / name / file).read_text())
             assert len(result["episodes"]) == 2 and result["settings"].get("fresh", False) == fresh
-    for table in ("states.md", "placements.md"):
-        assert "| rl-protocol | " in (made / table).read_text()
+    start = json.loads((made / "start" / "placements.json").read_text())
+    assert len(start["episodes"]) == 2 and start["settings"]["fresh"]
+    rows = [line.split(" | ")[0] for line in (made / "states.md").read_text().splitlines()[2:]]
+    assert rows == ["| rl", "| rl-protocol", "| start", "| rl-protocol - rl"]
+    assert (made / "states.png").stat().st_size > 10_000
 
     # Some of Table 2's methods.
     settings |= {"METHODS": "rl full"}

@@ -10,6 +10,7 @@ from PIL import Image
 from support import compare, report
 from support.episodes import EvalResult, write_episode_film
 from support.errors import UserError
+from support.statistics import contrast_interval, wilson_interval
 
 
 def film(directory, task, success, length, grey):
@@ -25,7 +26,7 @@ def an_evaluation(directory, wins, **settings):
         {"task_id": i, "init_state": 0, "success": bool(won), "steps": 40} for i, won in enumerate(wins)
     ]
     result = EvalResult("libero_object", [f"task {i}" for i in range(len(wins))], episodes)
-    directory.mkdir()
+    directory.mkdir(parents=True)
     (directory / "results.json").write_text(json.dumps({"settings": settings, **result.to_dict()}))
     return directory
 
@@ -64,6 +65,55 @@ def test_what_cannot_be_paired_is_one_line(tmp_path):
         with pytest.raises(UserError, match=what) as error:
             compare.pair(a, other)
         assert "\n" not in str(error.value)
+
+
+def test_two_tests_give_the_difference_of_differences(tmp_path):
+    """Rates of 20 episodes, by hand; the corner is what a paired t test of scipy says about the seeds' differences."""
+    from scipy.stats import ttest_1samp
+
+    wins = {  # on LIBERO's states, on placements
+        "rl-seed0": (16, 15), "rl-seed1": (17, 17), "rl-seed2": (15, 16),
+        "protocol-seed2": (18, 12), "protocol-seed0": (19, 14), "protocol-seed1": (17, 15),
+        "start": (10, 12),
+    }  # fmt: skip
+    for name, (states, placements) in wins.items():
+        for file, k, fresh in (("states", states, False), ("placements", placements, True)):
+            folder = an_evaluation(tmp_path / file / name, [1] * k + [0] * (20 - k), fresh=fresh)
+            (tmp_path / name).mkdir(exist_ok=True)
+            (folder / "results.json").rename(tmp_path / name / f"{file}.json")
+    runs = [tmp_path / name for name in wins]
+    table = compare.tests(runs, ["states.json", "placements.json"], tmp_path / "tests.png").splitlines()
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table]
+    assert head == ["states", "placements", "states - placements", "seeds"]
+    rows = {name: cells for name, *cells in lines}
+    assert list(rows) == ["rl", "protocol", "start", "protocol - rl"]
+
+    def shown(values, sign="+"):  # in twentieths
+        rates = [5 * value for value in values]
+        interval = ttest_1samp(rates, 0).confidence_interval(0.95)
+        return f"{sum(rates) / 3:{sign}.1f} ({interval.low:.1f} to {interval.high:.1f})"
+
+    assert rows["protocol"] == [shown([18, 19, 17], ""), shown([12, 14, 15], ""), shown([6, 5, 2]), "3"]
+    assert rows["protocol - rl"] == [shown([3, 3, 0]), shown([-4, -1, -2]), shown([7, 4, 2]), "3"]
+    # One seed: over episodes, Wilson's and Newcombe's.
+    low, high = (100 * end for end in contrast_interval((+1, 10, 20), (-1, 12, 20)))
+    assert rows["start"][2:] == [f"-10.0 ({low:.1f} to {high:.1f})", "1"]
+    low, high = (100 * end for end in wilson_interval(10, 20))
+    assert rows["start"][0] == f"50.0 ({low:.1f} to {high:.1f})"
+    one = [tmp_path / "rl-seed0", tmp_path / "protocol-seed0"]
+    corner = compare.tests(one, ["states.json", "placements.json"], tmp_path / "tests.png").splitlines()[-1]
+    terms = (+1, 19, 20), (-1, 14, 20), (-1, 16, 20), (+1, 15, 20)
+    low, high = (100 * end for end in contrast_interval(*terms))
+    assert corner.endswith(f" | +20.0 ({low:.1f} to {high:.1f}) | 1 |")
+    with Image.open(tmp_path / "tests.png") as picture:
+        assert picture.width > 500
+    # Another test than the first run's
+    with pytest.raises(UserError, match="start/b.json are not of the same episodes, or not sampled alike"):
+        (tmp_path / "rl-seed0" / "b.json").write_text((tmp_path / "rl-seed0" / "states.json").read_text())
+        (tmp_path / "start" / "b.json").write_text((tmp_path / "start" / "placements.json").read_text())
+        compare.tests([tmp_path / "rl-seed0", tmp_path / "start"], ["states.json", "b.json"], "no.png")
+    with pytest.raises(UserError, match="give two files"):
+        compare.tests(one, ["states.json"], "no.png")
 
 
 def the_suites(folder, wins):
