@@ -184,9 +184,10 @@ pro() {
     tee "$RESULTS/$SUITE/pro.md"
 }
 
-for experiment in "${@:-suites table2 states budget pro}"; do
+all='suites table2 states budget pro'
+for experiment in "${@:-$all}"; do
   for name in $experiment; do
-    declare -F "$name" >/dev/null || { echo "error: no experiment $name: choose among suites table2 states budget pro" >&2; exit 2; }
+    [[ " $all " = *" $name "* ]] || { echo "error: no experiment $name: choose among $all" >&2; exit 2; }
     runs=()
     "$name"
   done
