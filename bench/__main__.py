@@ -21,6 +21,7 @@ COMMANDS = {
     "iteration": "where an iteration of train.py goes, part by part, and one update taken apart",
     "decode": "actions per second: batched decoding against transformers' generate",
     "update": "samples per second of a PPO update, against transformers and peft",
+    "placements": "LIBERO's test states beside random placements: where things stand",
     "rprm": "a reward model in the simulator: progress, success against failure, loitering",
     "sentence": "success where each task is told the sentence of another",
     "prefix": "whether a policy reads from an action's first tokens what the picture should tell",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from bench import (
     leak,
     model,
     pictures,
+    placements,
     prefix,
     scaling,
     sentence,
@@ -221,6 +223,48 @@ def test_pictures_compares_first_frames(capsys):
     assert 0 < row["ms"]["light"] < row["ms"]["exact"]
     pictures.show(r)
     assert "libero_10" in capsys.readouterr().out
+
+
+def test_placements_of_one_kind_are_as_near_as_each_other_and_others_are_not():
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.uniform(-0.02, 0.02, (n, 3, 2)) + [[0.0, 0.0], [0.1, 0.0], [0.0, 0.2]]  # noqa: E731
+    states, others = draw(200), draw(200)
+    same = placements.compare_places(states, others)
+    # of a square: mean distance of a point from its middle is 0.77 of half its side, the median a little more
+    assert 0.0145 < same["spread_states"] < 0.017 and 0.0145 < same["spread_placements"] < 0.017
+    assert same["nearest_state"] == pytest.approx(same["nearest_placement"], rel=0.1)
+    assert same["shift"] < 0.006 and same["flung_states"] == same["flung_placements"] == 0
+    others[:, 1, 0] += 0.03
+    others[7, 2, 1] += 0.5  # one flies away, and moves no median
+    moved = placements.compare_places(states, others)
+    assert moved["shift"] == pytest.approx(0.03, abs=0.006) and moved["flung_placements"] == 1
+    assert moved["nearest_state"] > 1.3 * moved["nearest_placement"]
+    assert moved["spread_placements"] == pytest.approx(same["spread_placements"], rel=0.01)
+
+
+@pytest.mark.libero
+def test_placements_finds_things_where_libero_stored_them(capsys):
+    """Test states against the joint positions in LIBERO's own file, before the simulator let things settle."""
+    from simulator.task import TaskSim
+
+    args = placements.Args(suite="libero_spatial", task_ids=[1], placements=3)
+    r = placements.measure(args)
+    (task,) = r["tasks"]
+    assert placements.measure(args) == r  # the same seed, the same placements
+    sim = TaskSim("libero_spatial", 1, "none")
+    address = {
+        name: sim.model.joint(f"{name}_joint0").qposadr[0] for name in ("akita_black_bowl_1", "plate_1")
+    }
+    for name, qpos in address.items():
+        stored = np.asarray(sim.init_states)[:3, 1 + qpos : 3 + qpos]  # a state is time, then qpos
+        assert task["places"][name]["middle"] == pytest.approx(np.median(stored, axis=0), abs=0.0005)
+        assert task["places"][name]["range"] == pytest.approx(np.ptp(stored, axis=0), abs=0.0005)
+    sim.close()
+    assert task["places"]["wooden_cabinet_1"]["range"] == [0.0, 0.0]  # fixtures: one place in all test states
+    assert task["fixtures"]["spread_states"] == 0.0 < task["fixtures"]["spread_placements"] < 0.03
+    assert task["goal"] == [["on", "akita_black_bowl_1", "plate_1"]]
+    placements.show(r)
+    assert "libero_spatial, centimetres" in capsys.readouterr().out
 
 
 @pytest.mark.libero
