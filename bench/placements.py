@@ -39,7 +39,9 @@ def middle(places):
 
 
 def compare_places(states, placements):
-    """Numbers in metres of places (n, things, 2) in the test states and in random placements."""
+    """Numbers in metres of places (n, things, 2) in the test states and in random placements; None of no things."""
+    if not states.shape[1]:
+        return None
     off = {
         name: np.linalg.norm(p - middle(p), axis=-1)
         for name, p in (("states", states), ("placements", placements))
@@ -92,14 +94,16 @@ def show(r):
         f"\n{r['suite']}, centimetres: in the test states | in {r['placements']} random placements; "
         "nearest: of a placement to a test state | to another placement"
     )
-    pair = lambda numbers, a, b: f"{100 * numbers[a]:.2f} | {100 * numbers[b]:.2f}"  # noqa: E731
+    pair = lambda numbers, a, b: numbers and f"{100 * numbers[a]:.2f} | {100 * numbers[b]:.2f}"  # noqa: E731
     rows = []
     for task in r["tasks"]:
         objects, fixtures = task["objects"], task["fixtures"]
         row = [task["task_id"], pair(objects, "spread_states", "spread_placements")]
         row += [pair(objects, "nearest_state", "nearest_placement")]
         row += [f"{objects['flung_states']} | {objects['flung_placements']}"]
-        rows.append([*row, pair(fixtures, "spread_states", "spread_placements"), 100 * fixtures["shift"]])
+        rows.append(
+            [*row, pair(fixtures, "spread_states", "spread_placements"), fixtures and 100 * fixtures["shift"]]
+        )
     table(
         ["task:d", "spread of objects", "nearest", "flung", "of fixtures", "whose middles differ by:.2f"],
         rows,

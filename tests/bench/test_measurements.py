@@ -239,6 +239,7 @@ def test_placements_of_one_kind_are_as_near_as_each_other_and_others_are_not():
     moved = placements.compare_places(states, others)
     assert moved["shift"] == pytest.approx(0.03, abs=0.006) and moved["flung_placements"] == 1
     assert moved["nearest_state"] > 1.3 * moved["nearest_placement"]
+    assert placements.compare_places(states[:, :0], others[:, :0]) is None  # a suite without fixtures
     assert moved["spread_placements"] == pytest.approx(same["spread_placements"], rel=0.01)
 
 
@@ -263,8 +264,14 @@ def test_placements_finds_things_where_libero_stored_them(capsys):
     assert task["places"]["wooden_cabinet_1"]["range"] == [0.0, 0.0]  # fixtures: one place in all test states
     assert task["fixtures"]["spread_states"] == 0.0 < task["fixtures"]["spread_placements"] < 0.03
     assert task["goal"] == [["on", "akita_black_bowl_1", "plate_1"]]
+    task["task_id"], task["fixtures"] = 7, None
     placements.show(r)
-    assert "libero_spatial, centimetres" in capsys.readouterr().out
+    out = capsys.readouterr().out.splitlines()
+    assert (
+        "libero_spatial, centimetres" in out[1]
+        and out[-1].startswith("7 ")
+        and out[-1].split()[-2:] == ["-", "-"]
+    )
 
 
 @pytest.mark.libero
