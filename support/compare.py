@@ -156,16 +156,33 @@ def tests(runs, files, path):
     names = [Path(file).stem for file in files]
     lines = [f"| | {names[0]} | {names[1]} | {names[0]} - {names[1]} | seeds |", "|---|---:|---:|---:|---:|"]
     for name, row in rows.items():
-        cells = [_contrast(row, signs) for signs in ((1, 0), (0, 1), (1, -1))]
+        sign = "+" if " - " in name else ""
+        cells = [_cell(*_contrast(row, signs), sign) for signs in ((1, 0), (0, 1))]
+        cells.append(_cell(*_contrast(row, (1, -1)), "+"))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row)} |")
 
     figure = new_figure(figsize=(5, 4), dpi=130, layout="tight")
     ax = figure.subplots()
     for k, (method, seeds) in enumerate(won.items()):
-        rates = np.array([[100 * wins / n for wins, n in run] for run in seeds.values()])  # (seeds, 2)
-        for run in rates:
-            ax.plot([0, 1], run, "o-", ms=3, lw=0.8, alpha=0.5, color=f"C{k}")
-        ax.plot([0, 1], rates.mean(axis=0), "o-", ms=6, lw=2, color=f"C{k}", label=method)
+        for run in seeds.values():
+            ax.plot([0, 1], [100 * wins / n for wins, n in run], "o-", ms=3, lw=0.8, alpha=0.5, color=f"C{k}")
+        mean, ends = zip(*(_contrast(rows[method], signs) for signs in ((1, 0), (0, 1))), strict=True)
+        bars = np.abs(np.subtract(ends, np.array(mean)[:, None])).T
+        beside = np.array([0, 1]) + 0.02 * k  # bars of methods that are alike would hide each other
+        ax.errorbar(
+            beside,
+            mean,
+            yerr=bars,
+            fmt="o-",
+            ms=6,
+            lw=2,
+            elinewidth=1,
+            capsize=3,
+            color=f"C{k}",
+            label=method,
+        )
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, 0), min(high, 100))
     n = "/".join(sorted({f"{n}" for seeds in won.values() for run in seeds.values() for _, n in run}))
     ax.set(xticks=[0, 1], xticklabels=names, xlim=(-0.3, 1.3), ylabel=f"success rate (%) of {n} episodes")
     ax.grid(alpha=0.3)
@@ -175,7 +192,8 @@ def tests(runs, files, path):
 
 
 def _contrast(row, signs):
-    """A cell of `tests`. row: per seed [(sign, [(successes, episodes) by test])]. signs: of the tests, 0 leaves one out."""
+    """(mean, (low, high)) in % of a sum with signs. row: per seed [(sign, [(successes, episodes) by test])]. signs: of the tests,
+    0 leaves one out."""
     seeds = [
         [(sign * s, *result) for sign, run in signed for s, result in zip(signs, run, strict=True) if s]
         for signed in row
@@ -184,7 +202,7 @@ def _contrast(row, signs):
     interval = t_interval(values)
     if len(seeds) == 1:
         interval = [100 * end for end in contrast_interval(*seeds[0])]
-    return _cell(np.mean(values), interval, "+" if len(seeds[0]) > 1 else "")
+    return np.mean(values), interval
 
 
 # --------------------------------------------------------------------------------------------------------------------

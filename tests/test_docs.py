@@ -432,6 +432,15 @@ def test_table_with_and_without_rprm_is_what_the_result_files_give(tmp_path):
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
 
 
+def test_table_of_training_on_the_test_states_is_what_the_result_files_give(tmp_path):
+    from support import compare
+
+    made = ROOT / "results" / "states" / "libero_object"
+    runs = [path for name in ("rl-seed*", "rl-protocol-seed*", "start") for path in sorted(made.glob(name))]
+    table = compare.tests(runs, ["results-500.json", "placements.json"], tmp_path / "states.png")
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
+
+
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal", "libero_10"])
 def test_reward_models_tables_are_what_bench_rprm_gave(suite):
     page = (ROOT / "docs" / "rprm.md").read_text(encoding="utf-8")
