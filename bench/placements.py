@@ -28,7 +28,7 @@ FLUNG = 0.1  # metres from the middle of its places, which are a few centimetres
 class Args:
     suite: str = flag("libero_object", "LIBERO suite")
     task_ids: list[int] | None = flag(None, "tasks", default="all of the suite", min=0)
-    placements: int = flag(50, "random placements, and test states where there are as many", min=2)
+    placements: int = flag(50, "random placements, and test states (of which there are 50)", min=2)
     seed: int = flag(0, "seed of the random placements", min=0, max=2**32 - 1)
     out: Path = flag(Path("runs/bench-placements.json"), "where the numbers go")
 
@@ -48,10 +48,10 @@ def compare_places(states, placements):
     }
     numbers = {f"spread_{name}": float(np.median(distance)) for name, distance in off.items()}
     numbers |= {f"flung_{name}": int((distance > FLUNG).any(axis=1).sum()) for name, distance in off.items()}
-    # (placements, others) of the mean distance over things
+    # (placements, others) of the mean distance over things; as many others both times
     to_states, to_placements = (
         np.linalg.norm(placements[:, None] - others[None], axis=-1).mean(axis=-1)
-        for others in (states, placements)
+        for others in (states, placements[: len(states)])
     )
     np.fill_diagonal(to_placements, np.inf)  # itself
     numbers["nearest_state"] = float(np.median(to_states.min(axis=1)))
