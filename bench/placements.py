@@ -39,7 +39,11 @@ def middle(places):
 
 
 def compare_places(states, placements):
-    """Numbers in metres of places (n, things, 2) in the test states and in random placements; None of no things."""
+    """{name: number} of places (n, things, 2) in the test states and in random placements, metres; None of no things.
+
+    spread_states, spread_placements, nearest_state, nearest_placement: as above, metres. shift: between the middles of a thing's
+    places in both, metres, of the thing where it is largest. flung_states, flung_placements: how many of them.
+    """
     if not states.shape[1]:
         return None
     off = {
@@ -61,21 +65,23 @@ def compare_places(states, placements):
 
 
 def measure(args):
+    """Of every task `compare_places` of its objects and of its fixtures, and where each stands in the test states."""
     tasks = []
     for task_id in progress_bar(check_task_ids(args.suite, args.task_ids), desc="placing", unit="task"):
         sim = TaskSim(args.suite, task_id, "none")
-        episode, env = sim.episode(), sim.env.env
-        kinds = {"objects": sorted(env.objects_dict), "fixtures": sorted(env.fixtures_dict)}
-        names = kinds["objects"] + kinds["fixtures"]
-        rng, places = np.random.default_rng([args.seed, task_id]), {"states": [], "placements": []}
-        for k in range(args.placements):
-            for where, state in (("states", k), ("placements", None)):
-                if where == "placements" or k < sim.num_init_states:
-                    episode.reset(state, rng)
-                    bodies = [env.obj_body_id[name] for name in names]
-                    places[where].append(env.sim.data.body_xpos[bodies, :2].copy())
-        states, placements = (np.array(found) for found in places.values())
-        split = len(kinds["objects"])
+        episode, env, rng = sim.episode(), sim.env.env, np.random.default_rng([args.seed, task_id])
+        objects, fixtures = sorted(env.objects_dict), sorted(env.fixtures_dict)
+        names, split = objects + fixtures, len(objects)
+
+        def places_after(resets):
+            places = []
+            for state in resets:  # None: a random placement
+                episode.reset(state, rng)
+                places.append(env.sim.data.body_xpos[[env.obj_body_id[name] for name in names], :2].copy())
+            return np.array(places)
+
+        states = places_after(range(min(args.placements, sim.num_init_states)))
+        placements = places_after([None] * args.placements)
         tasks.append({
             "task_id": task_id,
             "objects": compare_places(states[:, :split], placements[:, :split]),

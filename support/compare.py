@@ -45,6 +45,7 @@ def methods(runs, path, results_file="results.json"):
     results_file: what has the last evaluation, in each directory.
     Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
     """
+    _check_names(runs)
     points_of = {}  # name -> {seed: evaluation points}
     for run in runs:
         config, lines, results = read_run(run, results_file)
@@ -76,6 +77,13 @@ def methods(runs, path, results_file="results.json"):
     ax.legend(loc="lower right", fontsize=8)
     save_png(figure, path)
     return _methods_table(points_of)
+
+
+def _check_names(runs):
+    """UserError where two directories have one name, so that one would take the other's place."""
+    names = [Path(run).name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--runs: {twice[0]} is there twice; a run's name is its method and seed")
 
 
 def _methods_table(methods):
@@ -134,6 +142,7 @@ def tests(runs, files, path):
     """
     if len(files) != 2:
         raise UserError(f"--results {','.join(files)}: give two files, one for each test")
+    _check_names(runs)
     won = {}  # method -> {seed: [(successes, episodes) by test]}
     for file in files:
         reference = None
@@ -156,7 +165,7 @@ def tests(runs, files, path):
     names = [Path(file).stem for file in files]
     lines = [f"| | {names[0]} | {names[1]} | {names[0]} - {names[1]} | seeds |", "|---|---:|---:|---:|---:|"]
     for name, row in rows.items():
-        sign = "+" if " - " in name else ""
+        sign = "+" if len(row[0]) > 1 else ""  # a difference
         cells = [_cell(*_contrast(row, signs), sign) for signs in ((1, 0), (0, 1))]
         cells.append(_cell(*_contrast(row, (1, -1)), "+"))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row)} |")

@@ -441,6 +441,21 @@ def test_table_of_training_on_the_test_states_is_what_the_result_files_give(tmp_
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
 
 
+def test_table_of_what_the_test_states_are_is_what_bench_placements_gave():
+    page, rows = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), {}
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        tasks = json.loads((ROOT / "results" / suite / "placements.json").read_text())["tasks"]
+        for key in ("spread_states", "spread_placements", "nearest_state", "nearest_placement"):
+            found = [100 * task["objects"][key] for task in tasks]
+            rows.setdefault(key, []).append(f"{min(found):.2f} to {max(found):.2f}")
+        found = [100 * task["fixtures"]["spread_placements"] for task in tasks if task["fixtures"]]
+        rows.setdefault("fixtures", []).append(f"{min(found):.2f} to {max(found):.2f}" if found else "")
+        assert all(task["fixtures"]["spread_states"] == 0 for task in tasks if task["fixtures"])
+    for cells in rows.values():
+        line = f"| {' | '.join(cells)} |".replace("|  |", "| |")
+        assert line in page, f"no such row: {line}"
+
+
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal", "libero_10"])
 def test_reward_models_tables_are_what_bench_rprm_gave(suite):
     page = (ROOT / "docs" / "rprm.md").read_text(encoding="utf-8")

@@ -114,6 +114,12 @@ def test_two_tests_give_the_difference_of_differences(tmp_path):
         compare.tests([tmp_path / "rl-seed0", tmp_path / "start"], ["states.json", "b.json"], "no.png")
     with pytest.raises(UserError, match="give two files"):
         compare.tests(one, ["states.json"], "no.png")
+    for refuses in (
+        lambda: compare.tests(one * 2, ["a", "b"], "no.png"),
+        lambda: compare.methods(one * 2, "no.png"),
+    ):
+        with pytest.raises(UserError, match="--runs: rl-seed0 is there twice"):
+            refuses()
 
 
 def the_suites(folder, wins):
