@@ -28,7 +28,7 @@ from support.report import (
     read_run,
     save_png,
 )
-from support.statistics import contrast_interval, t_interval, wilson_interval
+from support.statistics import contrast_interval, paired_interval, t_interval, wilson_interval
 
 # Settings of an evaluation without which it says nothing beside another: a greedy one beside a sampled one, say.
 ALIKE = ("suite", "temperature", "whole_vocabulary", "fresh")
@@ -239,7 +239,7 @@ def pair(before, after, film=None):
     if settings[0] != settings[1] or episodes[0].keys() != episodes[1].keys():
         raise UserError(f"{before} and {after} are not of the same episodes: give eval.py the same flags")
     gains = [int(episodes[1][key]) - int(episodes[0][key]) for key in episodes[0]]
-    low, high = t_interval(gains)
+    low, high = paired_interval(gains)
     lines = [
         before_after_table(results),
         "",
@@ -265,8 +265,8 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 def suites(directory, picture=None, evaluation="results-500.json", names=None):
     """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
 
-    Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain a t interval
-    over the pairs of episodes. The last column counts every suite's episodes alike and takes the seeds that all suites have.
+    Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain
+    `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all suites have.
     directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
     panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
     where they are not, or where there is nothing at all.
@@ -295,7 +295,8 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
         one = len(won) == 1
         rows["SFT"].append(_cell(100 * start.mean(), _wilson(start)))
         rows["VLA-RL"].append(_cell(rates.mean(), _wilson(won[0]) if one else t_interval(rates)))
-        rows["gain"].append(_cell(gains.mean(), t_interval(gains[0] if one else gains.mean(axis=1)), "+"))
+        over = [100 * end for end in paired_interval((won[0] - start).tolist())]
+        rows["gain"].append(_cell(gains.mean(), over if one else t_interval(gains.mean(axis=1)), "+"))
         rows["seeds"].append(str(len(won)))
         rows["episodes each"].append(str(start.size))
     if picture:

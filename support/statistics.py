@@ -34,6 +34,18 @@ def contrast_interval(*terms):
     return value - math.hypot(*below), value + math.hypot(*above)
 
 
+def paired_interval(gains):
+    """95 % interval of the mean of `gains`, each -1, 0 or 1: of two policies on the same episodes, who won which: (low, high).
+
+    Agresti and Min (2005): a textbook interval (Wald's), with half an episode added to each of the four outcomes of a pair, so
+    that it does not collapse to a point where no episode changed.
+    """
+    n = len(gains) + 2
+    won, lost = (gains.count(1) + 0.5) / n, (gains.count(-1) + 0.5) / n
+    half = statistics.NormalDist().inv_cdf(0.975) * math.sqrt((won + lost - (won - lost) ** 2) / n)
+    return won - lost - half, won - lost + half
+
+
 def t_interval(values, confidence=0.95):
     """Student's t interval of the mean of `values` (one number per seed): (low, high); NaN for fewer than two."""
     if len(values) < 2:
