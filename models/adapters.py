@@ -206,18 +206,24 @@ def save_adapter(directory, adapter):
     )
 
 
+def read_tensors(path):
+    """({name: tensor}, fingerprint of the base or None) of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            # absent in files from before it was stored
+            return tensors, (file.metadata() or {}).get("base_weights")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def read_tensors_for(path, parameters, fingerprint=None):
     """[(parameter, tensor)] for {name: parameter} from a safetensors file. Changes nothing.
 
     fingerprint: `base_fingerprint` of what the parameters stand on.
     Raises UserError if the file is missing, damaged, does not fit, or belongs to another base.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            base = (file.metadata() or {}).get("base_weights")  # absent in files from before it was stored
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    tensors, base = read_tensors(path)
     if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
         raise UserError(f"{path} was saved with another LoRA rank, other LoRA targets or another model size")
     if base and fingerprint and base != fingerprint:

@@ -29,9 +29,9 @@ if __name__ == "__main__":
     args = parse_args(Args, "Merge a LoRA adapter into its base policy.")
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from models.adapters import base_fingerprint
+from models.adapters import base_fingerprint, read_tensors
 from models.checkpoints import (
     MAX_SHARD_BYTES,
     read_norm_stats,
@@ -57,7 +57,7 @@ def find_adapter(run):
 
 
 def read_adapter(directory):
-    """{name of a base tensor: (A (r, in), B (out, r))} in float32, the scale of their product, the base's fingerprint or ""."""
+    """{name of a base tensor: (A (r, in), B (out, r))} in float32, the scale of their product, the base's fingerprint."""
     config, path = read_json(directory / "adapter_config.json"), directory / "adapter_model.safetensors"
     for key in (
         "use_dora",
@@ -71,15 +71,10 @@ def read_adapter(directory):
             raise UserError(f"{directory}/adapter_config.json: {key} is not supported")
     try:
         scale = config["lora_alpha"] / config["r"]
-        with safe_open(path, framework="pt") as file:
-            tensors = {
-                name.removeprefix("base_model.model."): file.get_tensor(name).float() for name in file.keys()
-            }
-            base = (file.metadata() or {}).get("base_weights", "")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{directory}/adapter_config.json holds no lora_alpha and r: {error!r}") from error
+    tensors, base = read_tensors(path)
+    tensors = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
     layers = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     if len(tensors) != 2 * len(layers) or not all(f"{layer}.lora_B.weight" in tensors for layer in layers):
         raise UserError(f"{path} holds other tensors than pairs of lora_A and lora_B")
