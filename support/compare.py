@@ -295,8 +295,9 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
         one = len(won) == 1
         rows["SFT"].append(_cell(100 * start.mean(), _wilson(start)))
         rows["VLA-RL"].append(_cell(rates.mean(), _wilson(won[0]) if one else t_interval(rates)))
-        over = [100 * end for end in paired_interval((won[0] - start).tolist())]
-        rows["gain"].append(_cell(gains.mean(), over if one else t_interval(gains.mean(axis=1)), "+"))
+        pairs = (won[0] - start).tolist()
+        interval = [100 * end for end in paired_interval(pairs)] if one else t_interval(gains.mean(axis=1))
+        rows["gain"].append(_cell(gains.mean(), interval, "+"))
         rows["seeds"].append(str(len(won)))
         rows["episodes each"].append(str(start.size))
     if picture:

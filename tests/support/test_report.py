@@ -230,12 +230,15 @@ def test_interval_of_a_difference(before, after, low, high):
 def test_interval_of_paired_episodes_covers_the_gain():
     """In 95 of 100 repetitions, also where hardly an episode changes sides, and where none does it is no point."""
     rng, n = np.random.default_rng(0), 100
-    for won, lost in ((0.25, 0.1), (0.03, 0.01)):
+    for won, lost, most in (
+        (0.25, 0.1, 0.98),
+        (0.03, 0.01, 1.0),
+    ):  # wider than it need be where hardly any changes
         covered = 0
         for row in rng.choice((1, -1, 0), (400, n), p=(won, lost, 1 - won - lost)):
             low, high = paired_interval(row.tolist())
             covered += low <= won - lost <= high
-        assert 0.92 < covered / 400
+        assert 0.92 < covered / 400 <= most
     low, high = paired_interval([0] * n)
     assert low == -high and 0.01 < high < 0.03  # three changes of 100 in vain would be likely to show
 
