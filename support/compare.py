@@ -138,7 +138,9 @@ def tests(runs, files, path):
     test and by the other. path: PNG to write.
     Returns a Markdown table. Rows: the methods, and their differences to the first, taken seed by seed. Columns: both tests, and
     the first minus the second; the corner where the two meet is the difference of differences. Intervals: t over seeds, of one
-    seed over its episodes. Raises UserError where runs were not tested alike.
+    seed over its episodes. That of the last difference is also given over the episodes of all seeds: few seeds can lie closer
+    together by chance than the episodes' noise lets them, and the interval over seeds is then too narrow. Raises UserError where
+    runs were not tested alike.
     """
     if len(files) != 2:
         raise UserError(f"--results {','.join(files)}: give two files, one for each test")
@@ -163,11 +165,14 @@ def tests(runs, files, path):
         if shared:
             rows[f"{method} - {first}"] = [[(+1, won[method][s]), (-1, won[first][s])] for s in shared]
     names = [Path(file).stem for file in files]
-    lines = [f"| | {names[0]} | {names[1]} | {names[0]} - {names[1]} | seeds |", "|---|---:|---:|---:|---:|"]
+    head = [*names, f"{names[0]} - {names[1]}", "... over episodes", "seeds"]
+    lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
     for name, row in rows.items():
         sign = "+" if len(row[0]) > 1 else ""  # a difference
         cells = [_cell(*_contrast(row, signs), sign) for signs in ((1, 0), (0, 1))]
-        cells.append(_cell(*_contrast(row, (1, -1)), "+"))
+        difference, over_seeds = _contrast(row, (1, -1))
+        cells.append(_cell(difference, over_seeds, "+"))
+        cells.append("{:.1f} to {:.1f}".format(*_interval_over_episodes(row, (1, -1))))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row)} |")
 
     figure = new_figure(figsize=(5, 4), dpi=130, layout="tight")
@@ -202,16 +207,27 @@ def tests(runs, files, path):
 
 def _contrast(row, signs):
     """(mean, (low, high)) in % of a sum with signs. row: per seed [(sign, [(successes, episodes) by test])]. signs: of the tests,
-    0 leaves one out."""
-    seeds = [
+    0 leaves one out. The interval is over seeds, of one seed over its episodes."""
+    values = [100 * sum(sign * wins / n for sign, wins, n in terms) for terms in _terms(row, signs)]
+    interval = t_interval(values) if len(values) > 1 else _interval_over_episodes(row, signs)
+    return np.mean(values), interval
+
+
+def _interval_over_episodes(row, signs):
+    """(low, high) in %: as if the seeds' episodes, equally many of each, were those of one policy."""
+    pooled = [
+        (parts[0][0], sum(wins for _, wins, _ in parts), sum(n for *_, n in parts))
+        for parts in zip(*_terms(row, signs), strict=True)
+    ]
+    return [100 * end for end in contrast_interval(*pooled)]
+
+
+def _terms(row, signs):
+    """Per seed [(sign, successes, episodes)] of the rates that add up."""
+    return [
         [(sign * s, *result) for sign, run in signed for s, result in zip(signs, run, strict=True) if s]
         for signed in row
     ]
-    values = [100 * sum(sign * wins / n for sign, wins, n in terms) for terms in seeds]
-    interval = t_interval(values)
-    if len(seeds) == 1:
-        interval = [100 * end for end in contrast_interval(*seeds[0])]
-    return np.mean(values), interval
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_two_tests_give_the_difference_of_differences(tmp_path):
     runs = [tmp_path / name for name in wins]
     table = compare.tests(runs, ["states.json", "placements.json"], tmp_path / "tests.png").splitlines()
     head, _, *lines = [line.strip("| ").split(" | ") for line in table]
-    assert head == ["states", "placements", "states - placements", "seeds"]
+    assert head == ["states", "placements", "states - placements", "... over episodes", "seeds"]
     rows = {name: cells for name, *cells in lines}
     assert list(rows) == ["rl", "protocol", "start", "protocol - rl"]
 
@@ -98,18 +98,26 @@ def test_two_tests_give_the_difference_of_differences(tmp_path):
         interval = ttest_1samp(rates, 0).confidence_interval(0.95)
         return f"{sum(rates) / 3:{sign}.1f} ({interval.low:.1f} to {interval.high:.1f})"
 
-    assert rows["protocol"] == [shown([18, 19, 17], ""), shown([12, 14, 15], ""), shown([6, 5, 2]), "3"]
-    assert rows["protocol - rl"] == [shown([3, 3, 0]), shown([-4, -1, -2]), shown([7, 4, 2]), "3"]
+    def over_episodes(*terms):
+        low, high = (100 * end for end in contrast_interval(*terms))
+        return f"{low:.1f} to {high:.1f}"
+
+    states, placements = (+1, 18 + 19 + 17, 60), (-1, 12 + 14 + 15, 60)
+    seeds = [shown([18, 19, 17], ""), shown([12, 14, 15], ""), shown([6, 5, 2])]
+    assert rows["protocol"] == [*seeds, over_episodes(states, placements), "3"]
+    all_four = states, placements, (-1, 16 + 17 + 15, 60), (+1, 15 + 17 + 16, 60)
+    seeds = [shown([3, 3, 0]), shown([-4, -1, -2]), shown([7, 4, 2])]
+    assert rows["protocol - rl"] == [*seeds, over_episodes(*all_four), "3"]
     # One seed: over episodes, Wilson's and Newcombe's.
     low, high = (100 * end for end in contrast_interval((+1, 10, 20), (-1, 12, 20)))
-    assert rows["start"][2:] == [f"-10.0 ({low:.1f} to {high:.1f})", "1"]
+    assert rows["start"][2:] == [f"-10.0 ({low:.1f} to {high:.1f})", f"{low:.1f} to {high:.1f}", "1"]
     low, high = (100 * end for end in wilson_interval(10, 20))
     assert rows["start"][0] == f"50.0 ({low:.1f} to {high:.1f})"
     one = [tmp_path / "rl-seed0", tmp_path / "protocol-seed0"]
     corner = compare.tests(one, ["states.json", "placements.json"], tmp_path / "tests.png").splitlines()[-1]
     terms = (+1, 19, 20), (-1, 14, 20), (-1, 16, 20), (+1, 15, 20)
     low, high = (100 * end for end in contrast_interval(*terms))
-    assert corner.endswith(f" | +20.0 ({low:.1f} to {high:.1f}) | 1 |")
+    assert corner.endswith(f" | +20.0 ({low:.1f} to {high:.1f}) | {low:.1f} to {high:.1f} | 1 |")
     with Image.open(tmp_path / "tests.png") as picture:
         assert picture.width > 500
     # Another test than the first run's
