@@ -445,7 +445,7 @@ def test_table_of_training_on_the_test_states_is_what_the_result_files_give(tmp_
     ("results", "changes"),
     [
         ("results", ["", "_lan", "_swap", "_object", "_task", "_task_told", "_told"]),
-        ("results/states", ["", "_lan", "_swap", "_object", "_task"]),
+        ("results/states", ["", "_lan", "_swap", "_object", "_task", "_task_told"]),
     ],
 )
 def test_table_of_libero_pro_is_what_the_result_files_give(results, changes):
