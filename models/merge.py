@@ -57,7 +57,7 @@ def find_adapter(run):
 
 
 def read_adapter(directory):
-    """{name of a base tensor: (A (r, in), B (out, r))} in float32, the scale of their product, the base's fingerprint."""
+    """{name of a base tensor: (A (r, in), B (out, r))} in float32, the scale of their product, the base's fingerprint or None."""
     config, path = read_json(directory / "adapter_config.json"), directory / "adapter_model.safetensors"
     for key in (
         "use_dora",

@@ -138,9 +138,9 @@ def tests(runs, files, path):
     test and by the other. path: PNG to write.
     Returns a Markdown table. Rows: the methods, and their differences to the first, taken seed by seed. Columns: both tests, and
     the first minus the second; the corner where the two meet is the difference of differences. Intervals: t over seeds, of one
-    seed over its episodes. That of the last difference is also given over the episodes of all seeds: few seeds can lie closer
-    together by chance than the episodes' noise lets them, and the interval over seeds is then too narrow. Raises UserError where
-    runs were not tested alike.
+    seed over its episodes. That of the first test minus the second is also given over the episodes of all seeds: few seeds can
+    lie closer together by chance than the episodes' noise lets them, and the interval over seeds is then too narrow. Raises
+    UserError where runs were not tested alike.
     """
     if len(files) != 2:
         raise UserError(f"--results {','.join(files)}: give two files, one for each test")
@@ -170,8 +170,7 @@ def tests(runs, files, path):
     for name, row in rows.items():
         sign = "+" if len(row[0]) > 1 else ""  # a difference
         cells = [_cell(*_contrast(row, signs), sign) for signs in ((1, 0), (0, 1))]
-        difference, over_seeds = _contrast(row, (1, -1))
-        cells.append(_cell(difference, over_seeds, "+"))
+        cells.append(_cell(*_contrast(row, (1, -1)), "+"))
         cells.append("{:.1f} to {:.1f}".format(*_interval_over_episodes(row, (1, -1))))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row)} |")
 
@@ -214,7 +213,7 @@ def _contrast(row, signs):
 
 
 def _interval_over_episodes(row, signs):
-    """(low, high) in %: as if the seeds' episodes, equally many of each, were those of one policy."""
+    """(low, high) in %: as if the seeds' episodes, equally many of each, were those of one policy and of other states each."""
     pooled = [
         (parts[0][0], sum(wins for _, wins, _ in parts), sum(n for *_, n in parts))
         for parts in zip(*_terms(row, signs), strict=True)
