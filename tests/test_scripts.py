@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from policy import OpenVLA
 from reward_model import RPRM
+from simulator.suites import bddl_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -198,3 +200,21 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     refused = evidence("states")
     assert refused.returncode == 1 and "rl-seed3 has no adapter, so its policy is gone" in refused.stderr
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("suite", ["libero_object", "libero_spatial"])
+def test_sentences_told_fit_the_goals_of_libero_pro(suite):
+    """TOLD of task t names the stock task whose target is, in the scene of _task, what the goal is about: the same thing, or, where
+    the things are two equal bowls, the one at the same place."""
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    def target(name, task_id):
+        problem = robosuite_parse_problem(str(bddl_path(name, task_id)))
+        ((_, thing, _),) = problem["goal_state"]
+        (place,) = (words[2] for words in problem["initial_state"] if words[1] == thing)
+        return place if suite == "libero_spatial" else thing.rsplit("_", 1)[0]
+
+    script = (ROOT / "scripts" / "evidence.sh").read_text()
+    (told,) = re.findall(rf'{suite}\) : "\$\{{TOLD:=([\d,]+)\}}"', script)
+    told = [int(task_id) for task_id in told.split(",")]
+    assert [target(suite, task_id) for task_id in told] == [target(f"{suite}_task", t) for t in range(10)]
