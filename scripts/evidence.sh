@@ -6,19 +6,19 @@
 #   suites    Table 1: start policy and default training on the four suites (3 seeds each, 500 test episodes each)
 #   table2    Table 2: all parts, and without one of them each (7 methods x 3 seeds)
 #   states    training on the 50 states of the test against training on random placements, tested on both (3 more runs)
-#   budget    204,800 decisions, two and a half times the default (2 seeds)
+#   budget    204,800 decisions, two and a half times the default, and checkpoints of it sampled and greedily (2 seeds)
 #   pro       start policy and default training on LIBERO-PRO's variants of the suite, and told another sentence
 #
-# SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments), SEEDS="0 1 2", METHODS (of table2;
-# default: all seven; the first is what the others are compared with), EPISODES and, for a quick try, TASKS are environment
-# variables. What is small of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run takes an
-# hour on 2 cores. What is there is skipped, what was interrupted goes on.
+# SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments), SEEDS (default: 0 1 2; of budget 0 1),
+# METHODS (of table2; default: all seven; the first is what the others are compared with), EPISODES and, for a quick try, TASKS
+# are environment variables. What is small of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run
+# takes an hour on 2 cores, of budget two and a half. What is there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
 SUITES=${SUITES:-libero_spatial libero_object libero_goal libero_10}
 SUITE=${SUITE:-libero_object}
-SEEDS=${SEEDS:-0 1 2}
+SEEDS=${SEEDS:-}
 WORK=${WORK:-runs/evidence}
 RESULTS=${RESULTS:-results}
 EPISODES=${EPISODES:-} # test episodes per task at the end, instead of 50 or 20
@@ -98,7 +98,7 @@ suites() {
   result=$(named).json
   for SUITE in $SUITES; do
     start "$(named)"
-    for seed in $SEEDS; do learn rl "$seed"; done
+    for seed in ${SEEDS:-0 1 2}; do learn rl "$seed"; done
   done
   $PY -m support.compare suites --results "$RESULTS" --evaluation "$result" --out "$RESULTS/suites.png" |
     tee "$RESULTS/suites.md"
@@ -119,7 +119,7 @@ table2() {
   for method in $methods; do
     [ -v "flags[$method]" ] || { echo "error: no method $method: choose among $all" >&2; exit 2; }
   done
-  for seed in $SEEDS; do
+  for seed in ${SEEDS:-0 1 2}; do
     # shellcheck disable=SC2086  # several flags
     for method in $methods; do learn "$method" "$seed" ${flags[$method]}; done
   done
@@ -139,7 +139,7 @@ on_both() {
 
 states() {
   local EPISODES=${EPISODES:-50}
-  for seed in $SEEDS; do
+  for seed in ${SEEDS:-0 1 2}; do
     on_both rl "$seed"
     on_both rl-protocol "$seed" --init-states protocol
   done
@@ -150,9 +150,34 @@ states() {
     --out "$RESULTS/$SUITE/states.png" | tee "$RESULTS/$SUITE/states.md"
 }
 
+# Two and a half times the default, and along the way the checkpoints of every fifth of it, sampled and greedily, on the first 20
+# test states of each task.
 budget() {
-  for seed in 0 1; do learn long "$seed" --total-steps 204800 --eval-every 10; done
+  local EPISODES=${EPISODES:-50} seed run small iterations fifth at made mode policy greedy long=()
+  for seed in ${SEEDS:-0 1}; do
+    learn rl "$seed"
+    learn long "$seed" --total-steps 204800 --keep 100
+    run=$WORK/$SUITE/long-seed$seed small=$RESULTS/$SUITE/long-seed$seed
+    long+=("$small")
+    iterations=$(wc -l <"$small/metrics.jsonl")
+    for fifth in 0 1 2 3 4 5; do
+      at=$(printf '%06d' $((fifth * iterations / 5)))
+      policy=checkpoints/$SUITE/policy
+      [ "$at" = 000000 ] || policy=$run/policy-$at
+      for mode in sampled greedy; do
+        made=$small/$at/$mode.json greedy=()
+        [ "$mode" = sampled ] || greedy=(--temperature 0)
+        [ ! -e "$made" ] || continue
+        [ -e "$policy" ] || $PY -m models.merge --run "$run/checkpoints/$at" --out "$policy"
+        EPISODES=20 evaluate "$SUITE" "$policy" "$run/$at-$mode" --seed "$seed" "${greedy[@]}"
+        mkdir -p "$small/$at"
+        cp "$run/$at-$mode/results.json" "$made"
+      done
+    done
+  done
   compare budget
+  $PY -m support.compare along --runs "$(IFS=, && echo "${long[*]}")" --results sampled.json,greedy.json \
+    --out "$RESULTS/$SUITE/along.png" | tee "$RESULTS/$SUITE/along.md"
 }
 
 # LIBERO-PRO's variants of SUITE, and SUITE and its _task told other sentences: TOLD lists for every task the stock task whose
@@ -165,7 +190,7 @@ pro() {
     libero_spatial) : "${TOLD:=1,6,8,9,9,3,7,9,1,7}" ;; # where the second bowl stands, which is the goal of _task
   esac
   : "${TOLD:?is to list, for every task of $SUITE, the stock task whose sentence fits the goal of ${SUITE}_task}"
-  for name in start $(printf 'rl-seed%s ' $SEEDS); do
+  for name in start $(printf 'rl-seed%s ' ${SEEDS:-0 1 2}); do
     seed=${name#rl-seed} checkpoint=$WORK/$SUITE/$name/policy
     [ "$name" != start ] || { seed=0 checkpoint=checkpoints/$SUITE/policy; }
     for change in "" _lan _swap _object _task _task_told _told; do

@@ -1,7 +1,8 @@
-"""Runs and policies beside each other: methods and seeds, on one test or two; two evaluations of the same episodes; the
-paper's Table 1.
+"""Runs and policies beside each other: methods and seeds, on one test or two; a run's checkpoints; two evaluations of the same
+episodes; the paper's Table 1.
 
     python -m support.compare methods --runs runs/full-seed0,runs/full-seed1,runs/none-seed0 --out comparison.png
+    python -m support.compare along --runs results/libero_object/long-seed0 --results sampled.json,greedy.json
     python -m support.compare tests --runs runs/full-seed0,runs/none-seed0 --results results.json,placements.json
     python -m support.compare pair --before runs/eval-start --after runs/eval-trained --film before_after.gif
     python -m support.compare suites --results results --out suites.png
@@ -124,6 +125,68 @@ def _methods_table(methods):
             cells.append(" / ".join(f"{number:,}" for number in found))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run's checkpoints
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def along(runs, files, path):
+    """Success along trainings, from evaluations of their checkpoints: RUN/ITERATION/FILE, 000000 being the start policy.
+
+    runs: run directories. files: names of eval.py's files, such as sampled.json and greedy.json. path: PNG to write.
+    Returns a Markdown table: a row for each number of decisions, a column for each run and file, with Wilson intervals. Raises
+    UserError where a run has none, or where those of one name are not of the same episodes or not sampled alike.
+    """
+    _check_names(runs)
+    runs, rows, reference = list(map(Path, runs)), {}, {}
+    columns = [(run, file) for file in files for run in runs]
+    for run, file in columns:
+        decisions = {line["iteration"]: line["charts/decisions"] for line in read_run(run)[1]} | {0: 0}
+        made = sorted(run.glob(f"[0-9]*/{file}"))
+        if not made:
+            raise UserError(f"no {run}/ITERATION/{file}: eval.py writes it, of one of the run's checkpoints")
+        for evaluation in made:
+            result, episodes = _read_evaluation(evaluation)
+            test = [result["settings"].get(name) for name in ALIKE], sorted(episodes)
+            if test != reference.setdefault(file, test):
+                raise UserError(
+                    f"{evaluation} is not of the same episodes as others of its name, or not sampled alike"
+                )
+            iteration = int(evaluation.parent.name)
+            if iteration not in decisions:
+                raise UserError(f"{evaluation}: {run}/metrics.jsonl has no iteration {iteration}")
+            rows.setdefault(decisions[iteration], {})[run, file] = np.array(list(episodes.values()), int)
+
+    figure = new_figure(figsize=(6, 4), dpi=130, layout="tight")
+    ax = figure.subplots()
+    lines = [
+        "| decisions | " + " | ".join(f"{run.name}, {Path(file).stem}" for run, file in columns) + " |",
+        "|---:|" + "---:|" * len(columns),
+    ]
+    for at in sorted(rows):
+        cells = [_rate(rows[at][column]) if column in rows[at] else "" for column in columns]
+        lines.append(f"| {at:,} | " + " | ".join(cells) + " |")
+    for run, file in columns:
+        won = {at: rows[at][run, file] for at in sorted(rows) if (run, file) in rows[at]}
+        rates = np.array([100 * w.mean() for w in won.values()])
+        bars = np.abs(np.array([_wilson(w) for w in won.values()]).T - rates)
+        look = {"color": f"C{runs.index(run)}", "ls": ("-", "--", ":")[files.index(file) % 3]}
+        label = f"{run.name}, {Path(file).stem}"
+        ax.errorbar(
+            list(won), rates, yerr=bars, marker="o", ms=4, elinewidth=1, capsize=3, label=label, **look
+        )
+    ax.set(xlabel="decisions", ylabel="success rate on test states (%)", ylim=(0, 100))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", fontsize=8)
+    save_png(figure, path)
+    return "\n".join(lines)
+
+
+def _rate(won):
+    return _cell(100 * won.mean(), _wilson(won))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -308,7 +371,7 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
         won = np.array(list(won.values()))  # (seeds, episodes)
         rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
         one = len(won) == 1
-        rows["SFT"].append(_cell(100 * start.mean(), _wilson(start)))
+        rows["SFT"].append(_rate(start))
         rows["VLA-RL"].append(_cell(rates.mean(), _wilson(won[0]) if one else t_interval(rates)))
         pairs = (won[0] - start).tolist()
         interval = [100 * end for end in paired_interval(pairs)] if one else t_interval(gains.mean(axis=1))
@@ -389,6 +452,15 @@ class MethodsArgs:
 
 
 @dataclass
+class AlongArgs:
+    runs: list[str] = field(metadata={"help": "run directories of train.py, comma-separated"})
+    results: list[str] = flag(
+        ["results.json"], "eval.py's files in RUN/ITERATION of the evaluated checkpoints, comma-separated"
+    )
+    out: str = flag("runs/along.png", "PNG to write")
+
+
+@dataclass
 class TestsArgs:
     runs: list[str] = field(metadata={"help": "directories METHOD-seedS or METHOD, comma-separated"})
     results: list[str] = flag(
@@ -426,6 +498,7 @@ def main():
             MethodsArgs,
             "several methods and seeds: one plot, and a table with differences and intervals over seeds",
         ),
+        "along": (AlongArgs, "a run's checkpoints: success against decisions, as a plot and a table"),
         "tests": (
             TestsArgs,
             "methods and seeds on two tests: one plot, and a table with the difference of differences",
@@ -436,6 +509,8 @@ def main():
     command, args = parse_command(commands, "Runs, seeds and policies beside each other.")
     if command == "methods":
         print(methods(args.runs, args.out, args.results))
+    elif command == "along":
+        print(along(args.runs, args.results, args.out))
     elif command == "tests":
         print(tests(args.runs, args.results, args.out))
     elif command == "pair":

@@ -32,7 +32,7 @@ MODULES = (
 SUBCOMMANDS = {
     "-m scripts.rprm": ("label", "train", "score", "record"),
     "-m support.report": ("page",),
-    "-m support.compare": ("methods", "tests", "pair", "suites"),
+    "-m support.compare": ("methods", "along", "tests", "pair", "suites"),
     "-m bench": tuple(
         p.stem for p in (ROOT / "bench").glob("*.py") if re.search(r"^def measure\(", p.read_text(), re.M)
     ),

@@ -161,6 +161,22 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     table = (made / "table2.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| rl", "| no-curriculum"]
 
+    # A larger budget: fifths of its one iteration are 0, the start policy, and 1, what it ended with.
+    done = evidence("budget")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((made / "long-seed3" / "config.json").read_text())["total_steps"] == 4  # FLAGS is last
+    temperatures = {"sampled": 0.6, "greedy": 0}
+    for at, same in (("000000", made / "start"), ("000001", made / "long-seed3")):
+        for name, temperature in temperatures.items():
+            result = json.loads((made / "long-seed3" / at / f"{name}.json").read_text())
+            assert result["settings"]["temperature"] == temperature
+            assert (
+                result["settings"]["checkpoint"]
+                == json.loads((same / "results-2.json").read_text())["settings"]["checkpoint"]
+            )
+    assert "| 0 | " in done.stdout and "| 4 | " in done.stdout
+    assert (made / "along.png").stat().st_size > 10_000 and (made / "budget.md").exists()
+
     # LIBERO-PRO: what is there is kept, here all but one of either policy's columns.
     columns = [
         f"libero_object{change}"

@@ -152,6 +152,59 @@ def the_suites(folder, wins):
     return folder
 
 
+def an_evaluated_training(tmp_path):
+    """Iterations of 1,024 decisions; the start policy and iteration 2 evaluated sampled, the latter also greedily."""
+    run = Path(a_run(tmp_path / "long-seed1", "long", 1, [(1024, 1, 2), (2048, 1, 2)], {}))
+    for name, wins, settings in (
+        ("000000/sampled.json", [1] * 12 + [0] * 8, {"temperature": 0.6}),
+        ("000002/sampled.json", [1] * 18 + [0] * 2, {"temperature": 0.6}),
+        ("000002/greedy.json", [1] * 5 + [0] * 15, {"temperature": 0}),
+    ):
+        (run / name).parent.mkdir(exist_ok=True)
+        (an_evaluation(tmp_path / name, wins, **settings) / "results.json").rename(run / name)
+    return run
+
+
+def test_along_a_training_has_a_row_per_budget_and_a_column_per_way_to_act(tmp_path):
+    run = an_evaluated_training(tmp_path)
+    table = compare.along([str(run)], ["sampled.json", "greedy.json"], tmp_path / "along.png")
+
+    def cell(won):
+        low, high = wilson_interval(won, 20)
+        return f"{5 * won:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+    assert table.splitlines() == [
+        "| decisions | long-seed1, sampled | long-seed1, greedy |",
+        "|---:|---:|---:|",
+        f"| 0 | {cell(12)} |  |",
+        f"| 2,048 | {cell(18)} | {cell(5)} |",
+    ]
+    assert Image.open(tmp_path / "along.png").width > 500
+
+
+@pytest.mark.parametrize(
+    ("file", "wins", "settings", "what"),
+    [
+        ("000001/sampled.json", [1] * 20, {"temperature": 1.0}, "000001/sampled.json is not of the same"),
+        ("000001/sampled.json", [1] * 10, {"temperature": 0.6}, "000001/sampled.json is not of the same"),
+        ("000003/sampled.json", [1] * 20, {"temperature": 0.6}, "metrics.jsonl has no iteration 3"),
+        ("000001/sampled.json", None, {}, "000001/sampled.json is no result of eval.py"),
+        ("elsewhere/sampled.json", [1] * 20, {"temperature": 0.6}, "ITERATION/greedier.json"),
+    ],
+)
+def test_along_refuses_what_cannot_be_beside_each_other(tmp_path, file, wins, settings, what):
+    run = an_evaluated_training(tmp_path)
+    (run / file).parent.mkdir(exist_ok=True)
+    if wins:
+        (an_evaluation(tmp_path / "other", wins, **settings) / "results.json").rename(run / file)
+    else:
+        (run / file).write_text("{")
+    asked = "greedier.json" if "elsewhere" in file else "sampled.json"
+    with pytest.raises(UserError, match=what) as error:
+        compare.along([run], [asked], tmp_path / "along.png")
+    assert "\n" not in str(error.value) and not (tmp_path / "along.png").exists()
+
+
 def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
     from scipy.stats import ttest_1samp
 
