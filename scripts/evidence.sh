@@ -163,13 +163,20 @@ budget() {
     for fifth in 0 1 2 3 4 5; do
       at=$(printf '%06d' $((fifth * iterations / 5)))
       policy=checkpoints/$SUITE/policy
-      [ "$at" = 000000 ] || policy=$run/policy-$at
+      if [ "$at" != 000000 ]; then
+        policy=$run/policy-$at
+        if [ ! -e "$small/$at/adapter" ]; then
+          mkdir -p "$small/$at"
+          cp -r "$run/checkpoints/$at/adapters/policy" "$small/$at/adapter"
+        fi
+      fi
       for mode in sampled greedy; do
         made=$small/$at/$mode.json greedy=()
         [ "$mode" = sampled ] || greedy=(--temperature 0)
         [ ! -e "$made" ] || continue
-        [ -e "$policy" ] || $PY -m models.merge --run "$run/checkpoints/$at" --out "$policy"
-        EPISODES=20 evaluate "$SUITE" "$policy" "$run/$at-$mode" --seed "$seed" "${greedy[@]}"
+        [ -e "$policy" ] ||
+          $PY -m models.merge --adapter "$small/$at/adapter" --base "checkpoints/$SUITE/policy" --out "$policy"
+        EPISODES=$((EPISODES < 20 ? EPISODES : 20)) evaluate "$SUITE" "$policy" "$run/$at-$mode" --seed "$seed" "${greedy[@]}"
         mkdir -p "$small/$at"
         cp "$run/$at-$mode/results.json" "$made"
       done

@@ -169,12 +169,13 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     for at, same in (("000000", made / "start"), ("000001", made / "long-seed3")):
         for name, temperature in temperatures.items():
             result = json.loads((made / "long-seed3" / at / f"{name}.json").read_text())
-            assert result["settings"]["temperature"] == temperature
+            assert result["settings"]["temperature"] == temperature and len(result["episodes"]) == 2
             assert (
                 result["settings"]["checkpoint"]
                 == json.loads((same / "results-2.json").read_text())["settings"]["checkpoint"]
             )
     assert "| 0 | " in done.stdout and "| 4 | " in done.stdout
+    assert (made / "long-seed3" / "000001" / "adapter" / "adapter_model.safetensors").exists()
     assert (made / "along.png").stat().st_size > 10_000 and (made / "budget.md").exists()
 
     # LIBERO-PRO: what is there is kept, here all but one of either policy's columns.
