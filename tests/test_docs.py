@@ -441,6 +441,14 @@ def test_table_of_training_on_the_test_states_is_what_the_result_files_give(tmp_
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
 
 
+def test_table_of_more_decisions_is_what_the_result_files_give(tmp_path):
+    from support import compare
+
+    runs = [str(path) for path in sorted((ROOT / "results" / "libero_object").glob("long-seed*"))]
+    table = compare.along(runs, ["sampled.json", "greedy.json"], tmp_path / "along.png")
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
+
+
 @pytest.mark.parametrize(
     ("results", "changes"),
     [
