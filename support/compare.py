@@ -141,10 +141,10 @@ def along(runs, files, path):
     """
     _check_names(runs)
     runs, rows, reference = list(map(Path, runs)), {}, {}
-    columns = [(run, file) for file in files for run in runs]
+    columns = {(run, file): f"{run.name}, {Path(file).stem}" for file in files for run in runs}
     for run, file in columns:
         decisions = {line["iteration"]: line["charts/decisions"] for line in read_run(run)[1]} | {0: 0}
-        made = sorted(run.glob(f"[0-9]*/{file}"))
+        made = sorted(path for path in run.glob(f"*/{file}") if path.parent.name.isdigit())
         if not made:
             raise UserError(f"no {run}/ITERATION/{file}: eval.py writes it, of one of the run's checkpoints")
         for evaluation in made:
@@ -162,18 +162,17 @@ def along(runs, files, path):
     figure = new_figure(figsize=(6, 4), dpi=130, layout="tight")
     ax = figure.subplots()
     lines = [
-        "| decisions | " + " | ".join(f"{run.name}, {Path(file).stem}" for run, file in columns) + " |",
+        "| decisions | " + " | ".join(columns.values()) + " |",
         "|---:|" + "---:|" * len(columns),
     ]
     for at in sorted(rows):
         cells = [_rate(rows[at][column]) if column in rows[at] else "" for column in columns]
         lines.append(f"| {at:,} | " + " | ".join(cells) + " |")
-    for run, file in columns:
+    for (run, file), label in columns.items():
         won = {at: rows[at][run, file] for at in sorted(rows) if (run, file) in rows[at]}
         rates = np.array([100 * w.mean() for w in won.values()])
         bars = np.abs(np.array([_wilson(w) for w in won.values()]).T - rates)
         look = {"color": f"C{runs.index(run)}", "ls": ("-", "--", ":")[files.index(file) % 3]}
-        label = f"{run.name}, {Path(file).stem}"
         ax.errorbar(
             list(won), rates, yerr=bars, marker="o", ms=4, elinewidth=1, capsize=3, label=label, **look
         )

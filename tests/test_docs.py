@@ -2,8 +2,8 @@
 
     python tests/test_docs.py       # renew the line numbers of links into the code after an edit of it
 
-Measured numbers are filled in by hand from JSON files and not checked, but for the tables that a command makes: Table 1, with
-and without RPRM, and what `bench rprm` gave.
+Measured numbers are filled in by hand from JSON files and not checked, but for the tables that a command makes: those of
+`support.compare`, of what the test states are, and what `bench rprm` gave.
 """
 
 import ast

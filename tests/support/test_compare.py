@@ -167,6 +167,8 @@ def an_evaluated_training(tmp_path):
 
 def test_along_a_training_has_a_row_per_budget_and_a_column_per_way_to_act(tmp_path):
     run = an_evaluated_training(tmp_path)
+    (run / "2nd").mkdir()  # no iteration
+    (run / "2nd" / "sampled.json").write_text("{")
     table = compare.along([str(run)], ["sampled.json", "greedy.json"], tmp_path / "along.png")
 
     def cell(won):
@@ -189,7 +191,12 @@ def test_along_a_training_has_a_row_per_budget_and_a_column_per_way_to_act(tmp_p
         ("000001/sampled.json", [1] * 10, {"temperature": 0.6}, "000001/sampled.json is not of the same"),
         ("000003/sampled.json", [1] * 20, {"temperature": 0.6}, "metrics.jsonl has no iteration 3"),
         ("000001/sampled.json", None, {}, "000001/sampled.json is no result of eval.py"),
-        ("elsewhere/sampled.json", [1] * 20, {"temperature": 0.6}, "ITERATION/greedier.json"),
+        (
+            "elsewhere/greedier.json",
+            [1] * 20,
+            {"temperature": 0},
+            "ITERATION/greedier.json: eval.py writes it",
+        ),
     ],
 )
 def test_along_refuses_what_cannot_be_beside_each_other(tmp_path, file, wins, settings, what):
@@ -199,9 +206,8 @@ def test_along_refuses_what_cannot_be_beside_each_other(tmp_path, file, wins, se
         (an_evaluation(tmp_path / "other", wins, **settings) / "results.json").rename(run / file)
     else:
         (run / file).write_text("{")
-    asked = "greedier.json" if "elsewhere" in file else "sampled.json"
     with pytest.raises(UserError, match=what) as error:
-        compare.along([run], [asked], tmp_path / "along.png")
+        compare.along([run], [Path(file).name], tmp_path / "along.png")
     assert "\n" not in str(error.value) and not (tmp_path / "along.png").exists()
 
 
