@@ -38,6 +38,12 @@ evaluate() {
     --episodes-per-task "${EPISODES:-20}" --num-envs 16 "${only[@]}" "$@"
 }
 
+# lost DIRECTORY RUN: neither runs/evidence nor results has the weights that are to be evaluated.
+lost() {
+  echo "error: $1 has no adapter, so its policy is gone: train it anew with another RESULTS, or move $2 away" >&2
+  exit 1
+}
+
 # policy METHOD SEED FLAGS: one training, to runs/evidence. What is small of it goes to results, with the policy's LoRA adapter,
 # from which the policy is made again where runs/evidence is gone.
 policy() {
@@ -46,8 +52,7 @@ policy() {
   if [ -e "$run/policy/config.json" ]; then
     echo "have $run/policy"
   elif [ -e "$small/config.json" ]; then
-    [ -e "$small/adapter" ] || { echo "error: $small has no adapter, so its policy is gone: train it anew with" \
-      "another RESULTS, or move $small away" >&2; exit 1; }
+    [ -e "$small/adapter" ] || lost "$small" "$small"
     $PY -m models.merge --adapter "$small/adapter" --base "checkpoints/$SUITE/policy" --out "$run/policy"
   elif [ -e "$run/config.json" ]; then
     $PY train.py --resume "$run"
@@ -166,6 +171,7 @@ budget() {
       if [ "$at" != 000000 ]; then
         policy=$run/policy-$at
         if [ ! -e "$small/$at/adapter" ]; then
+          [ -e "$run/checkpoints/$at" ] || lost "$small/$at" "$small"
           mkdir -p "$small/$at"
           cp -r "$run/checkpoints/$at/adapters/policy" "$small/$at/adapter"
         fi

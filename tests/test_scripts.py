@@ -216,7 +216,13 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     (made / "rl-seed3" / "placements.json").unlink()
     refused = evidence("states")
     assert refused.returncode == 1 and "rl-seed3 has no adapter, so its policy is gone" in refused.stderr
-    assert not (tmp_path / "work").exists()
+    shutil.rmtree(made / "long-seed3" / "000001")
+    before = times(made)
+    refused = evidence("budget")
+    lost = made / "long-seed3" / "000001"
+    assert refused.returncode == 1 and f"{lost} has no adapter, so its policy is gone" in refused.stderr
+    assert f"or move {lost.parent} away" in refused.stderr
+    assert times(made) == before and not lost.exists() and not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial"])
