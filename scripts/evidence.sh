@@ -170,8 +170,7 @@ budget() {
       policy=checkpoints/$SUITE/policy
       if [ "$at" != 000000 ]; then
         policy=$run/policy-$at
-        if [ ! -e "$small/$at/adapter" ]; then
-          [ -e "$run/checkpoints/$at" ] || lost "$small/$at" "$small"
+        if [ ! -e "$small/$at/adapter" ] && [ -e "$run/checkpoints/$at" ]; then
           mkdir -p "$small/$at"
           cp -r "$run/checkpoints/$at/adapters/policy" "$small/$at/adapter"
         fi
@@ -180,8 +179,10 @@ budget() {
         made=$small/$at/$mode.json greedy=()
         [ "$mode" = sampled ] || greedy=(--temperature 0)
         [ ! -e "$made" ] || continue
-        [ -e "$policy" ] ||
+        if [ ! -e "$policy" ]; then
+          [ -e "$small/$at/adapter" ] || lost "$small/$at" "$small"
           $PY -m models.merge --adapter "$small/$at/adapter" --base "checkpoints/$SUITE/policy" --out "$policy"
+        fi
         EPISODES=$((EPISODES < 20 ? EPISODES : 20)) evaluate "$SUITE" "$policy" "$run/$at-$mode" --seed "$seed" "${greedy[@]}"
         mkdir -p "$small/$at"
         cp "$run/$at-$mode/results.json" "$made"

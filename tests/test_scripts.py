@@ -216,6 +216,10 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     (made / "rl-seed3" / "placements.json").unlink()
     refused = evidence("states")
     assert refused.returncode == 1 and "rl-seed3 has no adapter, so its policy is gone" in refused.stderr
+    assert not (tmp_path / "work").exists()
+    shutil.rmtree(made / "long-seed3" / "000001" / "adapter")
+    done = evidence("budget")  # with all evaluations there, it needs no weights
+    assert done.returncode == 0 and "| 4 | " in done.stdout, done.stderr
     shutil.rmtree(made / "long-seed3" / "000001")
     before = times(made)
     refused = evidence("budget")
