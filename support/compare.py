@@ -200,7 +200,7 @@ def tests(runs, files, path):
     test and by the other. path: PNG to write.
     Returns a Markdown table. Rows: the methods, and their differences to the first, taken seed by seed. Columns: both tests, and
     the first minus the second; the corner where the two meet is the difference of differences. Intervals: t over seeds, of one
-    seed over its episodes. That of the first test minus the second is also given over the episodes of all seeds: few seeds can
+    seed, or of seeds that are all alike, over the episodes. That of the first test minus the second is also given over the episodes of all seeds: few seeds can
     lie closer together by chance than the episodes' noise lets them, and the interval over seeds is then too narrow. Raises
     UserError where runs were not tested alike.
     """
@@ -268,10 +268,14 @@ def tests(runs, files, path):
 
 def _contrast(row, signs):
     """(mean, (low, high)) in % of a sum with signs. row: per seed [(sign, [(successes, episodes) by test])]. signs: of the tests,
-    0 leaves one out. The interval is over seeds, of one seed over its episodes."""
+    0 leaves one out. The interval is over seeds; of one seed, or of seeds that are all alike, over their episodes."""
     values = [100 * sum(sign * wins / n for sign, wins, n in terms) for terms in _terms(row, signs)]
-    interval = t_interval(values) if len(values) > 1 else _interval_over_episodes(row, signs)
-    return np.mean(values), interval
+    return np.mean(values), _or(t_interval(values), _interval_over_episodes(row, signs))
+
+
+def _or(interval, other):
+    """interval, or where there is none (NaN) the other one."""
+    return other if math.isnan(interval[0]) else interval
 
 
 def _interval_over_episodes(row, signs):
@@ -342,8 +346,8 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 def suites(directory, picture=None, evaluation="results-500.json", names=None):
     """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
 
-    Several seeds: their mean, with a t interval over seeds. One: a Wilson interval over its episodes, for the gain
-    `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all suites have.
+    Several seeds: their mean, with a t interval over seeds. One, or several that are all alike: a Wilson interval over the
+    episodes, for the gain `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all suites have.
     directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
     panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
     where they are not, or where there is nothing at all.
@@ -369,12 +373,10 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
     for start, won in columns.values():
         won = np.array(list(won.values()))  # (seeds, episodes)
         rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
-        one = len(won) == 1
         rows["SFT"].append(_rate(start))
-        rows["VLA-RL"].append(_cell(rates.mean(), _wilson(won[0]) if one else t_interval(rates)))
-        pairs = (won[0] - start).tolist()
-        interval = [100 * end for end in paired_interval(pairs)] if one else t_interval(gains.mean(axis=1))
-        rows["gain"].append(_cell(gains.mean(), interval, "+"))
+        rows["VLA-RL"].append(_cell(rates.mean(), _or(t_interval(rates), _wilson(won))))
+        pairs = [100 * end for end in paired_interval((won - start).ravel().tolist())]
+        rows["gain"].append(_cell(gains.mean(), _or(t_interval(gains.mean(axis=1)), pairs), "+"))
         rows["seeds"].append(str(len(won)))
         rows["episodes each"].append(str(start.size))
     if picture:

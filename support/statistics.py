@@ -47,8 +47,12 @@ def paired_interval(gains):
 
 
 def t_interval(values, confidence=0.95):
-    """Student's t interval of the mean of `values` (one number per seed): (low, high); NaN for fewer than two."""
-    if len(values) < 2:
+    """Student's t interval of the mean of `values` (one number per seed): (low, high).
+
+    NaN for fewer than two, and for values that are all alike: seeds that won equally many episodes did so by chance, and an
+    interval without a width would say that the mean is known exactly.
+    """
+    if len(values) < 2 or math.isclose(min(values), max(values), rel_tol=1e-9, abs_tol=1e-9):
         return math.nan, math.nan
     from scipy.stats import t  # late, as above
 

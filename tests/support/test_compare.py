@@ -249,6 +249,34 @@ def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
         assert picture.width > 3 * picture.height  # four panels
 
 
+def test_seeds_that_are_alike_have_an_interval_over_their_episodes(tmp_path):
+    """By chance two seeds win equally many; on LIBERO-PRO's hardest variants all of them win nothing. No interval has width 0."""
+    wins = {"libero_goal": [0] * 10, "libero_10": [0] * 5 + [1] * 5}
+    wins |= {("libero_goal", 0): [0] * 10, ("libero_goal", 1): [0] * 10}
+    wins |= {("libero_10", 0): [1, 1] + [0] * 4 + [1] * 4, ("libero_10", 1): [0] * 4 + [1] * 6}
+    folder = the_suites(tmp_path / "a", wins)
+    rows = [line.split(" | ")[1:] for line in compare.suites(folder, None, "results.json").splitlines()[2:]]
+    low, high = (100 * end for end in wilson_interval(0, 20))
+    assert rows[1][0] == f"0.0 ({low:.1f} to {high:.1f})" and high > 15
+    low, high = (100 * end for end in wilson_interval(12, 20))
+    assert rows[1][1] == f"60.0 ({low:.1f} to {high:.1f}) |"
+    low, high = paired([0] * 20, [0] * 20)
+    assert rows[2][0] == f"+0.0 ({low:.1f} to {high:.1f})" and high > 4
+    low, high = paired([1] + [0] * 19, [0] + [1] * 3 + [0] * 16)
+    assert rows[2][1] == f"+10.0 ({low:.1f} to {high:.1f}) |"
+    for seed in (0, 1):
+        an_evaluation(tmp_path / "b" / f"rl-seed{seed}", [1] * 7 + [0] * 3)
+    runs = [tmp_path / "b" / f"rl-seed{seed}" for seed in (0, 1)]
+    table = compare.tests(runs, ["results.json", "results.json"], tmp_path / "tests.png")
+    low, high = (100 * end for end in wilson_interval(14, 20))
+    assert f"| rl | 70.0 ({low:.1f} to {high:.1f}) |" in table
+    for seed in (0, 1):  # where no interval over episodes is given either, there is none
+        run = Path(a_run(tmp_path / f"rl-seed{seed}", "rl", seed, [(1024, 6, 10)], {}))
+        (run / "end.json").write_text(json.dumps({"total": {"successes": 7, "episodes": 10}}))
+    runs = [tmp_path / f"rl-seed{seed}" for seed in (0, 1)]
+    assert "| rl | 70.0 | 70.0 | 70.0 |  |  |  |" in compare.methods(runs, tmp_path / "plot.png", "end.json")
+
+
 def test_figure_names_every_line_once_where_the_last_suite_has_several_seeds(tmp_path, monkeypatch):
     wins = {(suite, seed): [0, 1] for suite in compare.SUITES for seed in (0, 1, 2)}
     folder = the_suites(tmp_path / "results", wins | {suite: [0, 0] for suite in compare.SUITES})

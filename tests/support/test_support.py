@@ -1,6 +1,7 @@
 """Flags, errors, files, seeds: what every script leans on."""
 
 import errno
+import math
 import os
 import stat
 import subprocess
@@ -278,6 +279,12 @@ def test_wilson_interval_holds_the_rate_and_solves_its_equation(case):
     assert 0 <= low <= rate <= high <= 1
     for p in (low, high):  # its ends are where the score test just rejects: (rate - p)^2 = z^2 p (1 - p) / n
         assert (rate - p) ** 2 == pytest.approx(1.959963985**2 * p * (1 - p) / n, abs=1e-9)
+
+
+def test_t_interval_over_seeds_that_are_alike_is_none_at_all():
+    for values in ([], [90.0], [93.4, 93.4], [0.1 + 0.2, 0.3], [0.0, 0.0, 0.0]):
+        assert all(map(math.isnan, statistics.t_interval(values)))
+    assert statistics.t_interval([90.0, 90.2]) == pytest.approx((90.1 - 12.7062 * 0.1, 90.1 + 12.7062 * 0.1))
 
 
 def test_wilson_interval_without_episodes_and_with_nonsense():
