@@ -453,7 +453,7 @@ def test_table_of_more_decisions_is_what_the_result_files_give(tmp_path):
     ("results", "changes"),
     [
         ("results", ["", "_lan", "_swap", "_object", "_task", "_task_told", "_told"]),
-        ("results/states", ["", "_lan", "_swap", "_object", "_task", "_task_told"]),
+        ("results/states", ["", "_lan", "_swap", "_object", "_task", "_task_told", "_told"]),
     ],
 )
 def test_table_of_libero_pro_is_what_the_result_files_give(results, changes):
