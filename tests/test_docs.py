@@ -420,13 +420,16 @@ def test_table_1_is_what_the_result_files_give(page):
     assert table in page.read_text(encoding="utf-8"), f"paste this into {page.name}:\n{table}"
 
 
-def test_table_with_and_without_rprm_is_what_the_result_files_give(tmp_path):
+@pytest.mark.parametrize(
+    ("suite", "methods"), [("libero_10", "rl no-rprm"), ("libero_object", "rl no-warmup")]
+)
+def test_tables_of_methods_are_what_the_result_files_give(tmp_path, suite, methods):
     from support import compare
 
     runs = [
-        str(ROOT / "results" / "libero_10" / f"{method}-seed{seed}")
-        for seed in range(3)
-        for method in ("rl", "no-rprm")
+        str(run)
+        for method in methods.split()
+        for run in sorted((ROOT / "results" / suite).glob(f"{method}-seed[0-9]"))
     ]
     table = compare.methods(runs, tmp_path / "curves.png", "results-500.json")
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), f"paste this:\n{table}"
