@@ -200,9 +200,9 @@ def tests(runs, files, path):
     test and by the other. path: PNG to write.
     Returns a Markdown table. Rows: the methods, and their differences to the first, taken seed by seed. Columns: both tests, and
     the first minus the second; the corner where the two meet is the difference of differences. Intervals: t over seeds, of one
-    seed, or of seeds that are all alike, over the episodes. That of the first test minus the second is also given over the episodes of all seeds: few seeds can
-    lie closer together by chance than the episodes' noise lets them, and the interval over seeds is then too narrow. Raises
-    UserError where runs were not tested alike.
+    seed, or of seeds that are all alike, over the episodes. That of the first test minus the second is also given over the
+    episodes of all seeds: few seeds can lie closer together by chance than the episodes' noise lets them, and the interval over
+    seeds is then too narrow. Raises UserError where runs were not tested alike.
     """
     if len(files) != 2:
         raise UserError(f"--results {','.join(files)}: give two files, one for each test")
@@ -347,8 +347,8 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
     """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
 
     Several seeds: their mean, with a t interval over seeds. One, or several that are all alike: a Wilson interval over the
-    episodes, for the gain `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all suites have.
-    directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
+    episodes, for the gain `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all
+    suites have. directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
     panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
     where they are not, or where there is nothing at all.
     """
