@@ -348,7 +348,8 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
 
     Several seeds: their mean, with a t interval over seeds. One, or several that are all alike: a Wilson interval over the
     episodes, for the gain `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all
-    suites have. directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
+    suites have.
+    directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
     panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
     where they are not, or where there is nothing at all.
     """
