@@ -42,8 +42,8 @@ ALIKE = ("suite", "temperature", "whole_vocabulary", "fresh")
 def methods(runs, path, results_file="results.json"):
     """Success against decisions of several methods: a thin line for each run, a thick one for the mean over seeds.
 
-    runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds.
-    results_file: what has the last evaluation, in each directory.
+    runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds,
+    none where there is one seed or all are alike. results_file: what has the last evaluation, in each directory.
     Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
     """
     _check_names(runs)
