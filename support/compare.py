@@ -28,6 +28,7 @@ from support.report import (
     new_figure,
     read_run,
     save_png,
+    training_curve,
 )
 from support.statistics import contrast_interval, paired_interval, t_interval, wilson_interval
 
@@ -43,11 +44,14 @@ def methods(runs, path, results_file="results.json"):
     """Success against decisions of several methods: a thin line for each run, a thick one for the mean over seeds.
 
     runs: directories METHOD-seedS; those with the same METHOD differ in the seed alone. Intervals are t intervals over seeds,
-    none where there is one seed or all are alike. results_file: what has the last evaluation, in each directory.
-    Returns a Markdown table of the last evaluations; differences to the first method are taken seed by seed.
+    none where there is one seed or all are alike. results_file: what has the last evaluation, in each directory. path: PNG to
+    write; its left panel is of the training episodes, whose tasks the curriculum chose.
+    Returns two Markdown tables: of the last evaluations, where differences to the first method are taken seed by seed, and of
+    success in training.
     """
     _check_names(runs)
-    points_of = {}  # name -> {seed: evaluation points}
+    points_of = {}  # method -> {seed: evaluation points}
+    lines_of = {}  # method -> {seed: lines of metrics.jsonl}
     for run in runs:
         config, lines, results = read_run(run, results_file)
         points = evaluation_points(lines, results)
@@ -55,10 +59,13 @@ def methods(runs, path, results_file="results.json"):
             raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
         method = re.sub(r"-seed\d+$", "", Path(run).name)
         points_of.setdefault(method, {})[config["seed"]] = points
+        lines_of.setdefault(method, {})[config["seed"]] = lines
 
-    figure = new_figure(figsize=(7, 4), dpi=130, layout="tight")
-    ax = figure.subplots()
+    figure = new_figure(figsize=(9, 4), dpi=130, layout="tight")
+    training, ax = figure.subplots(1, 2, sharex=True, sharey=True)
     for k, (method, seeds) in enumerate(points_of.items()):
+        for lines in lines_of[method].values():
+            training.plot(*training_curve(lines), lw=1, color=f"C{k}")
         curves = [{at: 100 * wins / n for at, wins, n in points} for points in seeds.values()]
         for curve in curves:
             ax.plot(curve.keys(), curve.values(), lw=0.8, alpha=0.5, color=f"C{k}")
@@ -72,12 +79,16 @@ def methods(runs, path, results_file="results.json"):
         ax.errorbar(
             shared, mean, yerr=bars, fmt="o-", ms=4, lw=2, elinewidth=1, capsize=3, label=name, color=f"C{k}"
         )
-    ax.set(xlabel="decisions", ylabel="success rate on test states (%)", ylim=(0, 100))
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.grid(alpha=0.3)
+    training.set(ylabel="success rate (%)", title="in training (mean of 15 iterations)", ylim=(0, 100))
+    ax.set_title("on test states")
+    for panel in (training, ax):
+        panel.set_xlabel("decisions")
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.locator_params(axis="x", nbins=5)
+        panel.grid(alpha=0.3)
     ax.legend(loc="lower right", fontsize=8)
     save_png(figure, path)
-    return _methods_table(points_of)
+    return _methods_table(points_of), _training_table(lines_of)
 
 
 def _check_names(runs):
@@ -125,6 +136,23 @@ def _methods_table(methods):
             cells.append(" / ".join(f"{number:,}" for number in found))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _training_table(methods):
+    """Markdown: success in % of the training episodes that ended in each quarter of the iterations, {method: {seed: lines}}."""
+    table = [
+        "| of training episodes, % | first quarter | second | third | last | all | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, seeds in methods.items():
+        columns = []
+        for lines in (seeds[seed] for seed in sorted(seeds)):
+            counts = np.array([[m["charts/successes"], m["charts/episodes"]] for m in lines])
+            parts = np.array([part.sum(axis=0) for part in [*np.array_split(counts, 4), counts]])
+            columns.append([f"{100 * wins / n:.0f}" if n else "-" for wins, n in parts])
+        cells = [", ".join(cells) for cells in zip(*columns, strict=True)]
+        table.append(f"| {method} | {' | '.join(cells)} | {', '.join(map(str, sorted(seeds)))} |")
+    return "\n".join(table)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -498,7 +526,7 @@ def main():
     commands = {
         "methods": (
             MethodsArgs,
-            "several methods and seeds: one plot, and a table with differences and intervals over seeds",
+            "several methods and seeds: one plot, and tables with differences and intervals over seeds",
         ),
         "along": (AlongArgs, "a run's checkpoints: success against decisions, as a plot and a table"),
         "tests": (
@@ -510,7 +538,7 @@ def main():
     }
     command, args = parse_command(commands, "Runs, seeds and policies beside each other.")
     if command == "methods":
-        print(methods(args.runs, args.out, args.results))
+        print(*methods(args.runs, args.out, args.results), sep="\n\n")
     elif command == "along":
         print(along(args.runs, args.results, args.out))
     elif command == "tests":

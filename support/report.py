@@ -82,18 +82,25 @@ def _percent_with_bars(successes, episodes):
     return 100 * rates, 100 * np.stack([rates - low, high - rates]).clip(0)
 
 
-def draw_curve(ax, lines, points):
+def training_curve(lines, window=15):
+    """(decisions, success in % of the training episodes of the last `window` iterations), of lines of metrics.jsonl.
+
+    NaN before 20 of them have ended. A rate would mean little there: the first to end are the short ones, successes.
+    """
     x, wins, episodes = np.array(
         [[m["charts/decisions"], m["charts/successes"], m["charts/episodes"]] for m in lines], float
     ).reshape(-1, 3).T  # fmt: skip
-    if episodes.sum() >= 20:
-        # Before, a rate would mean little: the first episodes that end are the short ones, successes.
-        window = np.ones(min(15, len(x)))
-        played = np.convolve(episodes, window)[: len(x)]
-        mean = np.convolve(wins, window)[: len(x)] / np.maximum(played, 1)
-        mean[played < 20] = np.nan
-        label = f"training episodes (mean of {len(window)} iterations)"
-        ax.plot(x, 100 * mean, color="0.6", lw=1.2, label=label)
+    if not len(x):
+        return x, wins
+    played, won = (np.convolve(counts, np.ones(window))[: len(x)] for counts in (episodes, wins))
+    return x, np.where(played < 20, np.nan, 100 * won / np.maximum(played, 1))
+
+
+def draw_curve(ax, lines, points):
+    x, rate = training_curve(lines)
+    if not np.isnan(rate).all():
+        label = f"training episodes (mean of {min(15, len(x))} iterations)"
+        ax.plot(x, rate, color="0.6", lw=1.2, label=label)
     if points:
         at, successes, episodes = zip(*points, strict=True)
         rates, bars = _percent_with_bars(successes, episodes)

@@ -274,7 +274,9 @@ def test_seeds_that_are_alike_have_an_interval_over_their_episodes(tmp_path):
         run = Path(a_run(tmp_path / f"rl-seed{seed}", "rl", seed, [(1024, 6, 10)], {}))
         (run / "end.json").write_text(json.dumps({"total": {"successes": 7, "episodes": 10}}))
     runs = [tmp_path / f"rl-seed{seed}" for seed in (0, 1)]
-    assert "| rl | 70.0 | 70.0 | 70.0 |  |  |  |" in compare.methods(runs, tmp_path / "plot.png", "end.json")
+    assert (
+        "| rl | 70.0 | 70.0 | 70.0 |  |  |  |" in compare.methods(runs, tmp_path / "plot.png", "end.json")[0]
+    )
 
 
 def test_figure_names_every_line_once_where_the_last_suite_has_several_seeds(tmp_path, monkeypatch):
@@ -339,6 +341,8 @@ def a_run(directory, mode, seed, points, final):
         if at == 0:
             lines[-1]["eval/at"] = 0
     lines.append({"iteration": 9, "charts/decisions": 2048})
+    for line in lines:
+        line |= {"charts/episodes": 10, "charts/successes": 3 + seed}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     totals = {name: {"total": {"successes": k, "episodes": n}} for name, (k, n) in final.items()}
     (directory / "results.json").write_text(json.dumps(totals))
@@ -365,7 +369,8 @@ def test_comparison_takes_seeds_as_samples_and_prefers_the_longer_final_evaluati
         directory = tmp_path / f"{method}-seed{seed}"
         names.append(a_run(directory, method, seed, both if method == "full" else alone, final))
     assert points(names[0]) == [(0, 20, 50), (1024, 6, 10), (2048, 40, 50)]
-    table = compare.methods(names, tmp_path / "plot.png").splitlines()
+    ends, training = compare.methods(names, tmp_path / "plot.png")
+    table = ends.splitlines()
     assert table[0].startswith("|  | seed 0 | seed 1 | seed 2 | mean | 95 % | minus full |")
     # 80, 90, 82: mean 84, standard deviation 5.2915, t(2 degrees of freedom) 4.30265
     half = 4.30265 * 5.2915 / 3**0.5
@@ -381,10 +386,37 @@ def test_comparison_takes_seeds_as_samples_and_prefers_the_longer_final_evaluati
     with pytest.raises(UserError, match="elsewhere.json"):  # not its other evaluations instead
         compare.methods(names[3:4], tmp_path / "plot.png", "elsewhere.json")
     (Path(names[3]) / "elsewhere.json").write_text(by_eval)
-    assert "| none | 50.0 | " in compare.methods(names[3:4], tmp_path / "plot.png", "elsewhere.json")
+    assert "| none | 50.0 | " in compare.methods(names[3:4], tmp_path / "plot.png", "elsewhere.json")[0]
     (Path(names[3]) / "results.json").write_text(by_eval)
     assert points(names[3]) == [(0, 5, 10), (2048, 30, 60)]
     assert Image.open(tmp_path / "plot.png").width > 500
+    # three iterations or two, so that one of the quarters is empty; as many episodes in each
+    assert training.splitlines()[2:] == [
+        "| full | 30, 40, 50 | 30, 40, 50 | 30, 40, 50 | -, -, - | 30, 40, 50 | 0, 1, 2 |",
+        "| none | 30, 40 | 30, 40 | -, - | -, - | 30, 40 | 0, 1 |",
+    ]
+
+
+def test_success_in_training_is_of_the_episodes_of_each_quarter(tmp_path):
+    """Seeds in order however they were named, iterations weighted by their episodes, a quarter without episodes none."""
+    names, played, won = (
+        [],
+        [0, 4, 10, 10, 0, 0, 1, 3],
+        {1: [0, 1, 3, 7, 0, 0, 1, 3], 0: [0, 4, 0, 0, 0, 0, 0, 0]},
+    )
+    for seed, wins in won.items():
+        names.append(a_run(tmp_path / f"rl-seed{seed}", "rl", seed, [], {"trained": (1, 2)}))
+        lines = [
+            {"iteration": i + 1, "charts/decisions": 8 * i + 8, "charts/episodes": n, "charts/successes": k}
+            for i, (n, k) in enumerate(zip(played, wins, strict=True))
+        ]
+        (Path(names[-1]) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, training = compare.methods(names, tmp_path / "plot.png")
+    assert training.splitlines()[2:] == ["| rl | 100, 25 | 0, 50 | -, - | 0, 100 | 14, 54 | 0, 1 |"]
+    decisions, rate = report.training_curve(lines, window=2)  # of seed 0: 4 of 14, 0 of 20, 0 of 10, ...
+    assert list(decisions) == [8, 16, 24, 32, 40, 48, 56, 64]
+    np.testing.assert_array_equal(rate, [np.nan, np.nan, np.nan, 0, np.nan, np.nan, np.nan, np.nan])
+    assert [len(part) for part in report.training_curve([])] == [0, 0]
 
 
 @pytest.mark.parametrize(
