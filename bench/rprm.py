@@ -16,7 +16,7 @@ Three tables:
                        value should fall (-1) and a clock still rises (+1)
        error           mean |score - true progress|
        drop AUROC      after an object was dropped, the score fell by more than at other times
-       tau             Kendall's, between mean scores and success rates over the policies given
+       tau             Kendall's, between mean scores and success rates over the policies given, whose means follow
 
 2. Rank correlation with true progress (`TaskProgress`), and with what the next second brings.
 3. Loitering: an agent that hovers where the score is highest, against one that finishes. It is what an agent that maximises a
@@ -309,15 +309,22 @@ def follows_the_task(runs, limits, rate):
     return rows
 
 
-def order_of_policies(runs, limits, policies):
-    """{row: Kendall's tau between the mean score and the success rate of each policy}. policies: of each run, its name."""
-    names = sorted(set(policies))
-    chosen = [[i for i, policy in enumerate(policies) if policy == name] for name in names]
-    rates = [np.mean([runs[i]["success"] for i in rows]) for rows in chosen]
-    values = [values_of(run, limit) for run, limit in zip(runs, limits, strict=True)]
+def means_of_policies(runs, limits, policies):
+    """{policy: {row of the first table: its mean over the policy's episodes}}. policies: of each run, its name."""
+    means = {}
+    for name in dict.fromkeys(policies):
+        films = [
+            values_of(run, limit) for run, limit, by in zip(runs, limits, policies, strict=True) if by == name
+        ]
+        means[name] = {row: float(np.mean([film[row].mean() for film in films])) for row in films[0]}
+    return means
+
+
+def order_of_policies(means, rates):
+    """{row: Kendall's tau between the policies' means, of `means_of_policies`, and their success rates {policy: rate}}."""
     return {
-        row: kendall([np.mean([values[i][row].mean() for i in rows]) for rows in chosen], rates)
-        for row in values[0]
+        row: kendall([mean[row] for mean in means.values()], [rates[name] for name in means])
+        for row in next(iter(means.values()))
     }
 
 
@@ -427,7 +434,8 @@ def measure(args):
         name: mean(float(run["success"]) for run, by in zip(runs, policies, strict=True) if by == name)
         for name in names
     }
-    results["kendall_tau"] = order_of_policies(runs, limits, policies)
+    results["mean_values"] = means_of_policies(runs, limits, policies)
+    results["kendall_tau"] = order_of_policies(results["mean_values"], results["policies"])
     return without_nan(results)
 
 
@@ -449,6 +457,12 @@ def show(results):
         print(
             f"{name:26s}{separation:>24s}{same:11.3f}{cells[0]:12.3f}{cells[1]:8.3f}{cells[2]:8.3f}{cells[3]:8.3f}{cells[4]:12.3f}{tau:7.2f}"
         )
+    if len(results["mean_values"]) > 1:
+        rows = list(results["follows_the_task"])
+        print(f"\n{'success':>8s}  " + "".join(f"{row:>26s}" for row in rows) + "   mean of the episodes of")
+        for name, means in results["mean_values"].items():
+            cells = "".join(f"{means[row]:26.3f}" for row in rows)
+            print(f"{100 * results['policies'][name]:7.1f}%  {cells}   {name}")
     s = {name: number(value) for name, value in results["spearman_with_progress"].items()}
     print(
         f"\nrank correlation with true progress: sum of scores {s['cumulative_score']:.3f}, time alone {s['time_alone']:.3f}, "

@@ -63,14 +63,19 @@ def test_report_of_made_up_runs(capsys):
     at = rprm.loitering([finishes], [hovers], total["safe_weight"], 0.99)["sum"]
     assert at["loiter_return"] == pytest.approx(at["success_return"])
     assert potential["loiter_wins"] == 0 and potential["success_return"] == pytest.approx(0.99**2 - 0.1 * 0.5)
-    tau = rprm.order_of_policies(runs, [60] * 3, ["a", "b", "a"])
+    means = rprm.means_of_policies(runs, [60] * 3, ["a", "b", "a"])
+    rates = {"a": 1.0, "b": 0.5}
+    tau = rprm.order_of_policies(means, rates)
     empty = without_nan(rprm.report([fails], [60], [], **how))
     assert (
         json.loads(json.dumps(empty, allow_nan=False))["follows_the_task"]["clock"]["episode_auroc"] is None
     )
     for result in (numbers, empty):
-        rprm.show({"suite": "toy", "rprm": "r", "task_ids": [0, 1], "kendall_tau": tau, **result})
-    assert "2 of 3 episodes succeeded" in capsys.readouterr().out
+        of_policies = {"kendall_tau": tau, "mean_values": means, "policies": rates}
+        rprm.show({"suite": "toy", "rprm": "r", "task_ids": [0, 1], **of_policies, **result})
+    shown = capsys.readouterr().out
+    assert "2 of 3 episodes succeeded" in shown
+    assert f"   50.0%  {means['b']['score']:26.3f}" in shown and "   b\n" in shown
 
 
 def test_what_a_clock_passes_and_what_not():
@@ -118,8 +123,13 @@ def test_what_a_clock_passes_and_what_not():
     row = rprm.follows_the_task(apart, [60] * 3, rate=5)["score"]
     assert row["episode_auroc"] == 1.0 and np.isnan(row["same_task_auroc"])
     policies = ["good", "good", "bad", "bad", "middling", "middling"]
-    tau = rprm.order_of_policies(runs, [60] * 6, policies)
+    tables = rprm.means_of_policies(runs, [60] * 6, policies)
+    tau = rprm.order_of_policies(tables, {"good": 1, "middling": 0.5, "bad": 0})
     means = [np.mean([np.mean(runs[i]["scores"]) for i in pair]) for pair in ((2, 3), (0, 1), (4, 5))]
+    assert [tables[name]["score"] for name in ("bad", "good", "middling")] == pytest.approx(means)
+    assert tables["good"]["clock"] == pytest.approx(
+        np.mean([(len(runs[i]["scores"]) + 1) / 120 for i in (0, 1)])
+    )
     assert tau["score"] == pytest.approx(kendall(means, [0, 1, 0.5]))
 
 
@@ -321,5 +331,6 @@ def test_a_vlm_is_measured_too(tmp_path):
     assert results["temperatures"] == dict.fromkeys(policies.split(","), 0.6)
     clock = results["follows_the_task"]["clock"]
     assert 0 < clock["error"] < 1 and set(results["kendall_tau"]) == set(results["follows_the_task"])
+    assert list(results["mean_values"]) == policies.split(",")
     assert set(results["loitering"]) == set(rm.MODES)
     rprm.show(results)
