@@ -147,7 +147,8 @@ def _training_table(methods):
     for method, seeds in methods.items():
         columns = []
         for lines in (seeds[seed] for seed in sorted(seeds)):
-            counts = np.array([[m["charts/successes"], m["charts/episodes"]] for m in lines])
+            trained = [m for m in lines if m["iteration"]]  # 0 is an evaluation only
+            counts = np.array([[m["charts/successes"], m["charts/episodes"]] for m in trained]).reshape(-1, 2)
             parts = np.array([part.sum(axis=0) for part in [*np.array_split(counts, 4), counts]])
             columns.append([f"{100 * wins / n:.0f}" if n else "-" for wins, n in parts])
         cells = [", ".join(cells) for cells in zip(*columns, strict=True)]

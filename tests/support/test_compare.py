@@ -413,6 +413,13 @@ def test_success_in_training_is_of_the_episodes_of_each_quarter(tmp_path):
         (Path(names[-1]) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, training = compare.methods(names, tmp_path / "plot.png")
     assert training.splitlines()[2:] == ["| rl | 100, 25 | 0, 50 | -, - | 0, 100 | 14, 54 | 0, 1 |"]
+    # five iterations after an evaluation: 2, 1, 1 and 1 of them
+    before = {"iteration": 0, "charts/decisions": 0, "charts/episodes": 0, "charts/successes": 0}
+    (Path(names[0]) / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [before, *lines[:5]])
+    )
+    _, training = compare.methods(names[:1], tmp_path / "plot.png")
+    assert training.splitlines()[2:] == ["| rl | 100 | 0 | 0 | - | 17 | 1 |"]
     decisions, rate = report.training_curve(lines, window=2)  # of seed 0: 4 of 14, 0 of 20, 0 of 10, ...
     assert list(decisions) == [8, 16, 24, 32, 40, 48, 56, 64]
     np.testing.assert_array_equal(rate, [np.nan, np.nan, np.nan, 0, np.nan, np.nan, np.nan, np.nan])
