@@ -509,6 +509,34 @@ def test_reward_models_tables_are_what_bench_rprm_gave(suite):
     assert same_task == f"{score['same_task_auroc']:.3f}"
 
 
+def test_table_of_policies_that_the_reward_model_ordered_is_what_bench_rprm_gave():
+    from scipy.stats import kendalltau
+
+    page, folder = (ROOT / "docs" / "rprm.md").read_text(encoding="utf-8"), ROOT / "results" / "libero_object"
+    made = json.loads((folder / "rprm-checkpoints.json").read_text())
+    tests = [folder / "long-seed0" / f"{at:06d}" / "sampled.json" for at in range(0, 101, 20)]
+    tested = [json.loads(path.read_text())["total"]["success_rate"] for path in tests]
+    start, *others = made["policies"]
+    assert start == "checkpoints/libero_object/policy"
+    assert others == [f"runs/long-seed0/policy-{path.parent.name}" for path in tests[1:]]
+    rows = [
+        ["success, % of these 50", *(f"{100 * rate:.0f}" for rate in made["policies"].values()), ""],
+        ["success, % of 200 test episodes", *(f"{100 * rate:.1f}" for rate in tested), ""],
+    ]
+    for label, row in (
+        ("mean score", "score"),
+        ("mean score of the state alone", "score of the state alone"),
+        ("clock", "clock"),
+    ):
+        means = [of_policy[row] for of_policy in made["mean_values"].values()]
+        own, of_tests = kendalltau(means, list(made["policies"].values()))[0], kendalltau(means, tested)[0]
+        assert own == pytest.approx(made["kendall_tau"][row], abs=1e-9)
+        rows.append([label, *(f"{value:.3f}" for value in means), f"{own:.2f}; {of_tests:.2f}"])
+    for cells in rows:
+        line = f"| {' | '.join(cells)} |".replace("|  |", "| |")
+        assert line in page, f"docs/rprm.md lacks:\n{line}"
+
+
 def test_requirements_pin_mujoco():
     requirements = (ROOT / "requirements.txt").read_text()
     assert re.search(r"^mujoco==3\.3\.2\b", requirements, re.MULTILINE)
