@@ -158,8 +158,10 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     assert done.returncode == 0, done.stderr
     config = json.loads((made / "no-curriculum-seed3" / "config.json").read_text())
     assert config["curriculum"] == "uniform"
-    table = (made / "table2.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| rl", "| no-curriculum"]
+    tables = (made / "table2.md").read_text().split("\n\n")
+    assert len(tables) == 2  # of the test, of training
+    for table in tables:
+        assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| rl", "| no-curriculum"]
 
     # A larger budget: fifths of its one iteration are 0, the start policy, and 1, what it ended with.
     done = evidence("budget")
