@@ -21,6 +21,7 @@ import numpy as np
 from support.cli import flag, parse_command
 from support.errors import UserError, main_guard
 from support.report import (
+    WINDOW,
     before_after_gif,
     before_after_table,
     draw_curve,
@@ -79,7 +80,7 @@ def methods(runs, path, results_file="results.json"):
         ax.errorbar(
             shared, mean, yerr=bars, fmt="o-", ms=4, lw=2, elinewidth=1, capsize=3, label=name, color=f"C{k}"
         )
-    training.set(ylabel="success rate (%)", title="in training (mean of 15 iterations)", ylim=(0, 100))
+    training.set(ylabel="success rate (%)", title=f"in training (mean of {WINDOW} iterations)", ylim=(0, 100))
     ax.set_title("on test states")
     for panel in (training, ax):
         panel.set_xlabel("decisions")

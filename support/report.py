@@ -82,7 +82,10 @@ def _percent_with_bars(successes, episodes):
     return 100 * rates, 100 * np.stack([rates - low, high - rates]).clip(0)
 
 
-def training_curve(lines, window=15):
+WINDOW = 15  # iterations that a running mean of training episodes is over
+
+
+def training_curve(lines, window=WINDOW):
     """(decisions, success in % of the training episodes of the last `window` iterations), of lines of metrics.jsonl.
 
     NaN before 20 of them have ended. A rate would mean little there: the first to end are the short ones, successes.
@@ -99,7 +102,7 @@ def training_curve(lines, window=15):
 def draw_curve(ax, lines, points):
     x, rate = training_curve(lines)
     if not np.isnan(rate).all():
-        label = f"training episodes (mean of {min(15, len(x))} iterations)"
+        label = f"training episodes (mean of {min(WINDOW, len(x))} iterations)"
         ax.plot(x, rate, color="0.6", lw=1.2, label=label)
     if points:
         at, successes, episodes = zip(*points, strict=True)

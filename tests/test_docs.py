@@ -535,6 +535,12 @@ def test_table_of_policies_that_the_reward_model_ordered_is_what_bench_rprm_gave
     for cells in rows:
         line = f"| {' | '.join(cells)} |".replace("|  |", "| |")
         assert line in page, f"docs/rprm.md lacks:\n{line}"
+    row = made["follows_the_task"]["score"]
+    low, high = row["episode_auroc_95"]
+    text = " ".join(page.split())
+    assert f"In these {made['episodes']} episodes, {made['successes']} of them successes," in text
+    separation = f"episode AUROC {row['episode_auroc']:.3f}, {low:.2f} to {high:.2f}"
+    assert f"({separation}; {row['same_task_auroc']:.3f} against failures of the same task)" in text
 
 
 def test_requirements_pin_mujoco():
