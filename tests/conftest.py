@@ -1,6 +1,10 @@
 """Shared by all tests."""
 
+import os
 import signal
+
+# One thread each, in this process and in every child: `make test` runs two tests at a time, on 2 cores. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import support  # noqa: F401  before torch and MuJoCo are: it sets the environment variables that they read once
 

@@ -119,7 +119,6 @@ def main():
     if case == "late" and os.environ["RANK"] == "0":
         time.sleep(3)
     ranks = distributed.join()
-    torch.set_num_threads(1)
     if case == "updates":
         results = {(name, shard): update(ranks, name, shard) for name in UPDATES for shard in (False, True)}
         torch.save(results, directory / f"rank{ranks.rank}.pt")

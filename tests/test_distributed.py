@@ -38,7 +38,7 @@ def start(command, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
     )
 
 
@@ -408,9 +408,7 @@ def test_torchrun_restarts_from_the_last_checkpoint_and_ctrl_c_stops_all(models,
         *_command(models, out, "--total-steps", "6000", "--worker-timeout", "600")[1:],
     ]
     with open(log, "w") as file:
-        run = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        run = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
 
     def wait_for(what, seconds=800):
         deadline = time.time() + seconds

@@ -3,7 +3,8 @@
     python tests/test_docs.py       # renew the line numbers of links into the code after an edit of it
 
 Measured numbers are filled in by hand from JSON files and not checked, but for the tables that a command makes: those of
-`support.compare`, of what the test states are, and what `bench rprm` gave.
+`support.compare`, of what the test states are, and what `bench rprm` gave; and what the commands of `support.compare` print
+that a page shows.
 """
 
 import ast
@@ -214,7 +215,7 @@ print(json.dumps(answers))
 
 
 def ask_for_help(commands):
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(commands)],
         cwd=ROOT,
@@ -434,6 +435,47 @@ def test_tables_of_methods_are_what_the_result_files_give(tmp_path, suite, metho
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for table in compare.methods(runs, tmp_path / "curves.png", "results-500.json"):
         assert table in page, f"paste this:\n{table}"
+
+
+def comparisons(page):
+    """Words after `python -m support.compare` of each command on the page that needs nothing but results/, as the shell
+    expands them, without --out."""
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        for line in block.replace("\\\n", "").splitlines():
+            command, _, words = line.partition("python -m support.compare ")
+            needs_more = re.search(r"SUITE|BEFORE|--film|--(before|after|runs) runs/", words)
+            if command == "" and not needs_more:
+                words = re.sub(r"--out \S+", "", words)
+                line = ["bash", "-c", rf"printf '%s\0' {words}"]
+                yield subprocess.check_output(line, cwd=ROOT, text=True).split("\0")[:-1]
+
+
+def test_comparisons_print_what_their_page_says(monkeypatch, capsys):
+    """Of a pair the interval (or, the other way round, its mirror image); of a table all rows, or, where the page quotes some
+    numbers in its text, none: a row that differs, say because the policies came in another order, is an error."""
+    from support import compare
+
+    monkeypatch.chdir(ROOT)
+    pairs, tables = 0, 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        text = " ".join(page.split())
+        for words in comparisons(page):
+            monkeypatch.setattr(sys, "argv", ["compare", *words])
+            compare.main()
+            printed = capsys.readouterr().out
+            if words[0] == "pair":
+                low, high = map(float, re.search(r"95 % from (\S+) to (\S+):", printed).groups())
+                either = (f"{low:.1f} to {high:.1f}", f"{-high:.1f} to {-low:.1f}")
+                assert any(interval in text for interval in either), f"{path.name} lacks {either[0]}: {words}"
+                pairs += 1
+                continue
+            for table in printed.strip().split("\n\n"):
+                rows = table.splitlines()[2:]
+                missing = [row for row in rows if row not in page]
+                assert not missing or missing == rows, f"{path.name}, {words}: {missing}"
+                tables += not missing
+    assert pairs >= 10 and tables >= 5
 
 
 def test_table_of_training_on_the_test_states_is_what_the_result_files_give(tmp_path):

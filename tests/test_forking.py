@@ -37,7 +37,7 @@ def fork(directory, title):
 
 
 def python(directory, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(directory)}
+    environment = {**os.environ, "PYTHONPATH": str(directory)}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,

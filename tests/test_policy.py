@@ -24,7 +24,6 @@ from models.tiny import libero_words
 from policy import ActionTokenizer, ActorCritic, OpenVLA
 from support.errors import UserError, explain_out_of_memory
 
-torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINT = FIXTURES / "openvla_tiny"
 INSTRUCTIONS = [

@@ -13,7 +13,6 @@ from torch import nn
 import ppo
 from support.numerics import NumericsError
 
-torch.set_num_threads(1)
 VOCABULARY, WIDTH, PATCHES = 11, 6, 3
 
 

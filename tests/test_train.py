@@ -1,7 +1,6 @@
 """train.py: a run that was killed and resumed is the run that was not; signals save; bad input is one line."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -97,10 +96,7 @@ def _command(models, out, *extra):
 
 
 def _start(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _finish(command, code=0):

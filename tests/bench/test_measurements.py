@@ -33,7 +33,6 @@ from eval import evaluate
 from policy import ActorCritic, OpenVLA
 from support.errors import UserError
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "tests" / "fixtures" / "openvla_tiny"  # in the official layout
 

@@ -1,7 +1,6 @@
 """A VLM of transformers as reward model: stock and tuned, alone and in the loop."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -221,11 +220,9 @@ def test_stock_vlm_in_the_loop(qwen, tmp_path):
     flags = f"""--task-ids 0 --model {tmp_path / "policy"} --reward-model {qwen} --out {tmp_path / "run"} --num-envs 2
         --num-workers 1 --num-steps 3 --total-steps 6 --max-episode-steps 8 --eval-every 0 --start-episodes 0 --final-episodes 0
         --video-every 0 --prm-mode sum --prm-weight 0.02"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "train.py", *flags.split()],
         cwd=WHERE,
-        env=environment,
         capture_output=True,
         text=True,
     )
