@@ -74,7 +74,7 @@ def methods(runs, path, results_file="results.json"):
         if not shared:
             raise UserError(f"the runs {method}-seed… were not evaluated at any common number of decisions")
         rates = np.array([[curve[at] for at in shared] for curve in curves])  # (seeds, points)
-        mean, (low, high) = rates.mean(axis=0), np.array([t_interval(at) for at in rates.T]).T
+        mean, (low, high) = rates.mean(axis=0), np.array([t_interval(at, 0, 100) for at in rates.T]).T
         bars = np.stack([mean - low, high - mean]) if len(curves) > 1 else None
         name = f"{method} ({len(curves)} seed{'s' * (len(curves) > 1)})"
         ax.errorbar(
@@ -121,7 +121,7 @@ def _methods_table(methods):
     def with_interval(values, sign=""):
         if not values:
             return ["", ""]
-        low, high = t_interval(values)
+        low, high = t_interval(values, -100 if sign else 0, 100)
         return [
             f"{np.mean(values):{sign}.1f}",
             "" if math.isnan(low) else f"{low:{sign}.1f} to {high:{sign}.1f}",
@@ -300,7 +300,9 @@ def _contrast(row, signs):
     """(mean, (low, high)) in % of a sum with signs. row: per seed [(sign, [(successes, episodes) by test])]. signs: of the tests,
     0 leaves one out. The interval is over seeds; of one seed, or of seeds that are all alike, over their episodes."""
     values = [100 * sum(sign * wins / n for sign, wins, n in terms) for terms in _terms(row, signs)]
-    return np.mean(values), _or(t_interval(values), _interval_over_episodes(row, signs))
+    counted = [sign for sign, *_ in _terms(row, signs)[0]]
+    seeds = t_interval(values, -100 * counted.count(-1), 100 * counted.count(1))
+    return np.mean(values), _or(seeds, _interval_over_episodes(row, signs))
 
 
 def _or(interval, other):
@@ -405,9 +407,9 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
         won = np.array(list(won.values()))  # (seeds, episodes)
         rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
         rows["SFT"].append(_rate(start))
-        rows["VLA-RL"].append(_cell(rates.mean(), _or(t_interval(rates), _wilson(won))))
+        rows["VLA-RL"].append(_cell(rates.mean(), _or(t_interval(rates, 0, 100), _wilson(won))))
         pairs = [100 * end for end in paired_interval((won - start).ravel().tolist())]
-        rows["gain"].append(_cell(gains.mean(), _or(t_interval(gains.mean(axis=1)), pairs), "+"))
+        rows["gain"].append(_cell(gains.mean(), _or(t_interval(gains.mean(axis=1), -100, 100), pairs), "+"))
         rows["seeds"].append(str(len(won)))
         rows["episodes each"].append(str(start.size))
     if picture:

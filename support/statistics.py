@@ -46,8 +46,10 @@ def paired_interval(gains):
     return won - lost - half, won - lost + half
 
 
-def t_interval(values, confidence=0.95):
-    """Student's t interval of the mean of `values` (one number per seed): (low, high).
+def t_interval(values, least=-math.inf, most=math.inf):
+    """Student's 95 % t interval of the mean of `values` (one number per seed): (low, high).
+
+    Cut off at `least` and `most`, which no such mean can pass: 0 and 100 of a rate in %. Of two seeds it often would.
 
     NaN for fewer than two, and for values that are all alike: seeds that won equally many episodes did so by chance, and an
     interval without a width would say that the mean is known exactly.
@@ -57,5 +59,5 @@ def t_interval(values, confidence=0.95):
     from scipy.stats import t  # late, as above
 
     middle, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * error
-    return middle - half, middle + half
+    half = float(t.ppf(0.975, len(values) - 1)) * error
+    return max(middle - half, least), min(middle + half, most)

@@ -285,6 +285,8 @@ def test_t_interval_over_seeds_that_are_alike_is_none_at_all():
     for values in ([], [90.0], [93.4, 93.4], [0.1 + 0.2, 0.3], [0.0, 0.0, 0.0]):
         assert all(map(math.isnan, statistics.t_interval(values)))
     assert statistics.t_interval([90.0, 90.2]) == pytest.approx((90.1 - 12.7062 * 0.1, 90.1 + 12.7062 * 0.1))
+    assert statistics.t_interval([90.0, 94.0], 0, 100) == pytest.approx((92 - 12.7062 * 2, 100))
+    assert statistics.t_interval([-90.0, -94.0], -100, 100) == pytest.approx((-100, -92 + 12.7062 * 2))
 
 
 def test_wilson_interval_without_episodes_and_with_nonsense():
