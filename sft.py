@@ -41,7 +41,7 @@ class Args:
     out: str = flag("runs/sft", "directory of the checkpoint to write")
     resume: str | None = flag(None, "directory of a training to go on with, with its own settings")
     init: str | None = flag(None, "checkpoint to start from", default="openvla-tiny, random weights")
-    max_demos: int = flag(0, "use only so many demonstrations per task; 0 = all", min=0)
+    max_demos: int = flag(0, "use only so many demonstrations of each file; 0 = all", min=0)
     steps: int = flag(8000, "optimiser steps", min=1)
     batch_size: int = flag(32, "frames per optimiser step, over all ranks", min=1)
     micro_batch_size: int | None = flag(None, "frames per backward pass (memory only)", min=1, default="all")
