@@ -325,8 +325,8 @@ def ppo_update(
         policy_parameters(), critic_parameters() -> iterables of parameters (the latter may be empty: no critic)
     train_policy: False during critic warm-up, when only the critic learns, on rollouts of the imitation policy: a
         policy that follows the advantages of an untrained critic forgets what it knew (the paper's Table 2: 80.0
-        instead of 90.2 %; of openvla-tiny no harm was seen, docs/results.md). The policy also stays where the rollout's advantages deviate
-        by less than `cfg.advantage_floor`.
+        instead of 90.2 %; of openvla-tiny no harm was seen, docs/results.md). The policy also stays where the
+        rollout's advantages deviate by less than `cfg.advantage_floor`.
     generator: CPU torch.Generator of the mini-batch order; on every rank in the same state.
     ranks: support.distributed.Ranks. Several ranks hold a part of the environments each (`buffer` is this rank's). Every
         rank draws the order of all environments and works on its own; losses are divided by the size of the whole
