@@ -15,8 +15,8 @@ An episode that ends is followed by the next one in the same step (Gymnasium's S
 episode, and the last of the old one is info["final_obs"]. Of info, `train.py` reads besides: "task_id", "episode_length" in
 control steps, and "lost", where an episode ended by no doing of the policy. The curriculum chooses the new task, and
 `train.py` tells it the outcomes of a rollout. An evaluation (`eval.py`) chooses tasks and initial states itself: it needs
-`suite`, `num_envs`, `max_steps`, `active`, `closed`, `assign`, the options of `reset`, and of info "_final_obs", "started",
-"success", "worker_restarted" and "unstable" too.
+`suite`, `num_envs`, `max_steps`, `active`, `closed`, `assign`, the options of `reset`, of obs "task_id", and of info
+"_final_obs", "started", "success", "worker_restarted" and "unstable" too.
 
 Behind `LiberoVecEnv`, worker processes play the episodes (simulator/). Every random choice comes from (seed, environment,
 number of its episode), never from a stream that environments share: trajectories are the same, byte for byte, whatever the
@@ -142,9 +142,9 @@ class LiberoVecEnv(VectorEnv):
     seed: of every random choice in here.
     init_states: "random" (objects placed anew, for training) or "protocol" (a random one of the evaluation's states).
     curriculum: a `Curriculum` over task_ids, or None for uniform sampling. It is asked here, and told outcomes by its owner.
-    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.05 GB each beside 0.4 GB for a
-        worker with its first; an environment costs 3 MB. Beyond that number, the least recently used task that no
-        environment plays is dropped, and a later visit costs a rebuild (seconds).
+    tasks_per_worker: compiled tasks that a worker keeps (default: all, at most 10), 0.07 GB each beside 0.6 GB for a
+        worker with its first; an environment costs 3 MB (docs/simulator.md). Beyond that number, the least recently used
+        task that no environment plays is dropped, and a later visit costs a rebuild (seconds).
     timeout: seconds that a worker may take for one command before it is replaced (simulator/pool.py; one that stands still
         is noticed sooner). egl_devices: EGL device numbers, given to the workers in turn (default: EGL chooses).
     first_env: number of the first environment among those of all ranks. Random choices come from this number, so an
@@ -298,7 +298,10 @@ class LiberoVecEnv(VectorEnv):
         options, n, a = options or {}, self.num_envs, self._arrays
         if unknown := set(options) - {"task_ids", "init_states"}:
             raise ValueError(f"reset: unknown option {sorted(unknown)[0]!r}")
-        task_ids, init_states = options.get("task_ids"), options.get("init_states") or [None] * n
+        task_ids, init_states = options.get("task_ids"), options.get("init_states")
+        if task_ids is None and init_states is not None:
+            raise ValueError("reset: init_states are those of task_ids: give both")
+        init_states = [None] * n if init_states is None else init_states
         if len(init_states) != n or task_ids is not None and len(task_ids) != n:
             raise ValueError(f"reset: options must have one entry per environment ({n})")
         self._check_ready("reset")
@@ -335,6 +338,8 @@ class LiberoVecEnv(VectorEnv):
           "lost" (N,) bool: truncated by no doing of the policy, because its worker died ("worker_restarted" (N,) bool) or
           the simulation diverged ("unstable" (N,) bool)
           "started" (N,) bool: obs is the first of an episode
+        Where the environment was idle, or its worker died, no action was carried out: "eef_pos" and "gripper" are old then,
+        as they mean nothing where the simulation diverged.
         Where an episode ended, obs is already the next one's first, and "final_obs" (N,) has its last observation, a dict,
         and "final_info" its info (with the masks "_final_obs" and "_final_info", as in Gymnasium).
         Raises ValueError for actions of another shape, UserError for NaN or infinity; nothing has moved then.

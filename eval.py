@@ -73,7 +73,7 @@ from simulator.render import default_render
 from simulator.shared import FRESH
 from simulator.suites import check_task_ids, instructions, max_steps, num_init_states
 from support import distributed
-from support.episodes import EpisodeLog, EvalResult, write_episode_film
+from support.episodes import EpisodeLog, EvalResult, film_path, write_episode_film
 from support.errors import UserError, explain_out_of_memory, main_guard
 from support.files import atomic_write, fingerprint, safe_name
 from support.quiet import progress_bar
@@ -265,6 +265,13 @@ def main(args):
     if ranks.is_main_process:
         how = f"actions of {unnorm_key}, temperature {args.temperature:g}, {device} {settings['dtype']}"
         print_plan(args, how, out)
+        to_film = [e for e in log.episodes if e["init_state"] % FRESH < args.video]
+        if unfilmed := sum(not film_path(out / "videos", e).exists() for e in to_film):
+            print(
+                f"{unfilmed} of the episodes to record were played before, without a film, and are not played again; "
+                "with another --out they are",
+                file=sys.stderr,
+            )
     began = time.time()
     try:
         result = evaluate(

@@ -244,9 +244,10 @@ class OpenVLA(nn.Module):
     def _states(self, input_ids, attention_mask, images, count, offset=0, tokens=None, cache=None):
         """Run the language model once over BOS, patches, prompt and (optionally) `tokens` (B, K) behind each prompt.
 
-        Returns the normed states (B, count, d) from `offset` behind each row's last prompt token on (the state at
-        offset k predicts a_{k+1}), or of the whole sequence for count None; and last (B,), the position of
-        that token. The last layer computes queries and MLP only for the states asked for. cache: (layers, 2, B, heads, >= S, head_dim), to be filled.
+        Let last (B,) be the position of each row's last prompt token; the state at last + k predicts a_{k+1}. Returns the
+        normed states (B, count, d) from last + offset on, or of the whole sequence for count None, and last. The final
+        layer computes queries and MLP only for the states asked for. cache: (layers, 2, B, heads, >= S, head_dim), to be
+        filled.
         """
         patches = self._patch_embeddings(**images)  # (B, P, d)
         P, limit = patches.shape[1], self.text["max_position_embeddings"]

@@ -329,8 +329,8 @@ def ppo_update(
         rollout's advantages deviate by less than `cfg.advantage_floor`.
     generator: CPU torch.Generator of the mini-batch order; on every rank in the same state.
     ranks: support.distributed.Ranks. Several ranks hold a part of the environments each (`buffer` is this rank's). Every
-        rank draws the order of all environments and works on its own; losses are divided by the size of the whole
-        mini-batch and gradients are summed, so the update is the one that a single process would make.
+        rank draws the same mini-batches, of all ranks' rows, and computes the rows that it holds. It divides their losses
+        by the size of the whole mini-batch, and gradients are summed: the update is that of a single process.
 
     Policy and critic may share parameters. Those belong in `policy_parameters()`: both losses add to their gradient,
     and in a critic-only update they stay where they are.

@@ -8,9 +8,10 @@ The model is OpenVLA itself, started from the imitation policy and fine-tuned by
 
     maximise log p("1" or "0" | image, instruction, 7 action tokens)
 
-(The paper has "1" on promising steps of successes alone. Here the other steps, and those of failed episodes, are "0":
-without them the score of failures was the higher one, docs/rprm.md.) During RL it is frozen; its score p("1") / (p("1") + p("0")), brought back from the balanced labels of training to the rate
-at which positives occur (`models.answer.score_of`), enters the reward through `shaping_reward`.
+"1" is the answer on the promising steps of successes, as in the paper; "0" on their other steps and, here, on all steps
+of failed episodes: without those the score of failures was the higher one (docs/rprm.md). During RL the model is frozen. Its
+score is p("1") / (p("1") + p("0")), corrected from training, where both labels are drawn equally often, to the rate at which
+"1" occurs (`models.answer.score_of`). `shaping_reward` makes reward of it.
 
 Reading order: pseudo labels, the model, what train.py does with it, training. The commands that make one from recordings
 are those of scripts/rprm.py.
@@ -105,10 +106,10 @@ def find_keyframes(speed, milestones, near):
 
     speed (T,) and near in m/s; milestones: increasing rows, the ends of segments. Returns increasing rows.
 
-    Rest, too, has hysteresis: once below `near`, the hand is at rest until it exceeds 2 x `near`. One stop gives one
-    keyframe, its arrival (the first minimum), and not one per wiggle, or hovering would be all keyframes. The stop at
-    which a segment ends gives a second, the last minimum: there the gripper acts, or the task is done. The stop that an
-    episode or a segment starts with gives none: no action led to it.
+    A stop begins with a minimum of the speed below `near` and lasts until the speed exceeds 2 x `near`. It gives one
+    keyframe, that first minimum: with one per minimum, hovering would be all keyframes. The stop at which a segment ends
+    gives a second one, its last minimum: there the gripper acts, or the task is done. The stop with which an episode or a
+    segment starts gives none: no action led to it.
     """
     keyframes = []
     bounds = [0, *milestones, len(speed)]
@@ -359,8 +360,9 @@ def read_reward_model(path, dtype=torch.float32, device="cpu"):
 def load_reward_model(path, actor_critic, mode, unnorm_key=None, dtype=torch.float32, device="cpu"):
     """What `train.py --reward-model` names, as an object with `score_rollout(rollout, mode)`.
 
-    actor_critic: whose rollouts are scored, of actions by its statistics `unnorm_key` (None: the only ones). Where its vision side is frozen and the RPRM's is the same, the
-    patch embeddings that the rollout holds already serve both; an RPRM with another vision side looks at the frames.
+    actor_critic: whose rollouts are scored; unnorm_key: of the statistics that its actions mean motions by (None: the only
+    ones). Where its vision side is frozen and the RPRM's is the same, the patch embeddings that the rollout holds already
+    serve both; an RPRM with another vision side looks at the frames.
     """
     if mode == "none":
         return NoReward()
@@ -444,14 +446,14 @@ MODES = ("none", "sum", "potential")
 
 
 def shaping_reward(scores, next_scores, mode, weight, gamma, terminated):
-    """Reward to add to the sparse one. All arguments broadcast; arrays may be numpy or torch; shape and dtype are kept.
+    """Reward to add to the sparse one. All arguments broadcast; arrays may be numpy or torch (which keeps the dtype).
 
     scores, next_scores: RPRM in [0, 1] at step t and t + 1 (of a truncated episode: of its final observation).
       none       0
-      sum        weight * score, the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but it pays
-                 by the step: hovering where the score is high can earn more than finishing (`python -m bench rprm`).
-      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)). Over an episode it telescopes to
-                 -weight * phi(s_0), whatever the agent does: the optimal policy is that of the sparse reward.
+      sum        weight * score, with weight 1 the paper's rule ("sparse reward + RPRM prediction"). Easy to learn from, but
+                 it pays by the step: hovering where the score is high can earn more than finishing (`python -m bench rprm`).
+      potential  weight * (gamma * phi(s') * (not terminated) - phi(s)). Discounted and summed over an episode that
+                 terminates it is -weight * phi(s_0), whatever the agent does: the best policy is that of the sparse reward.
     The condition of that theorem (Ng, Harada and Russell, 1999): phi depends on the state alone, is 0 after
     termination, and `gamma` is the one of GAE. A score that also sees the action breaks it: every action's advantage
     then loses phi(s, a), which punishes just the actions that RPRM likes. So `potential` wants the score of the state
@@ -594,10 +596,10 @@ def fit(
         for epoch in range(1, epochs + 1):
             epoch_loss = 0.0
             drawn = torch.multinomial(weights, steps * batch_size, True, generator=generator)
-            for rows in drawn.split(batch_size):
+            for step, rows in enumerate(drawn.split(batch_size), (epoch - 1) * steps):
                 hidden = torch.rand(batch_size, generator=generator) < action_dropout  # shown without action
                 for group in optimizer.param_groups:  # linear decay to zero
-                    group["lr"] = lr * (1 - bar.n / bar.total)
+                    group["lr"] = lr * (1 - step / (epochs * steps))
                 optimizer.zero_grad(set_to_none=True)
                 for part in torch.arange(batch_size).split(micro_batch_size or batch_size):
                     loss = answer_loss(reward_model, train.select(rows[part]), hidden[part], whole_vocabulary)

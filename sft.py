@@ -10,10 +10,10 @@ around that loss:
   the target of a translation is a narrow Gaussian over bins (`--label-sigma`); 0 is plain cross entropy. Rotations keep one-hot
   targets: nearly all are close to zero, a few turns set their range, and where zero lies at its end a Gaussian that is cut off
   there leans inwards. Sampled at each decision, that turned the hand by 90 degrees in a few seconds.
-* A prefix as the policy will sample it. With soft targets the tokens before the one that is learnt are drawn from their
-  targets too. Given the demonstrated ones, the model read from them what the picture should tell: the expert lifts with
-  sideways motion of exactly zero, so "lift" came to follow from that very bin, which sampling rarely hits, and the policy
-  held the bowl without lifting it.
+* A prefix as the policy will sample it. A token is predicted from those before it, and with soft targets these, too, are
+  drawn from their targets, not taken from the demonstration. Otherwise the model learns from them what it should learn from the
+  picture: the expert lifts with sideways motion of exactly zero, so that bin came to mean "lift"; a sampled action rarely
+  hits it, and the policy held the bowl without lifting it.
 * Augmentation, as in official training: a random crop of 90 % of the area, and colour jitter.
 * An average. The saved weights are an exponential moving average over the steps, which acts better in closed loop.
 
@@ -439,7 +439,11 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     seed_everything(args.seed)
-    with explain_out_of_memory("lower --lora-rank, or use --dtype bfloat16"):
+    if args.lora_rank:
+        remedy = "use --dtype bfloat16, or lower --lora-rank"
+    else:
+        remedy = "give --lora-rank 32, which trains adapters alone"
+    with explain_out_of_memory(remedy):
         model, weights, save_policy = prepare_model(args, ranks.device)
     ranks.broadcast_(weights.values())
     suites = args.suite.split(",")
@@ -497,7 +501,11 @@ def main(args):
                 sys.exit(130)
     if main_process:
         state.unlink()
-    ranks.print0(f"saved {out}; evaluate it with: python eval.py --suite {suites[0]} --checkpoint {out}")
+    if args.lora_rank and not args.merge:
+        adapter = f"--adapter {out}/adapters/policy --base {args.init}"
+        ranks.print0(f"saved {out}; make it a policy with: python -m models.merge {adapter} --out DIRECTORY")
+    else:
+        ranks.print0(f"saved {out}; evaluate it with: python eval.py --suite {suites[0]} --checkpoint {out}")
 
 
 if __name__ == "__main__":

@@ -183,8 +183,8 @@ class Args:
     prm_weight: float = flag(0.1, "weight of the RPRM score in the reward", min=0)
     prm_mode: Optional[str] = flag(
         None,
-        "sum: weight x score per decision (the paper; docs/rprm.md shows how it was exploited); potential: difference of scores, "
-        "which leaves the best policy the best; none",
+        "sum: weight x score per decision (the paper's at --prm-weight 1; docs/rprm.md shows how it was exploited); "
+        "potential: difference of scores, which leaves the best policy the best; none",
         default="potential where there is an RPRM for the policy",
         choices=("sum", "potential", "none"),
     )
@@ -463,6 +463,9 @@ def banner(args, actor_critic, which, ranks, iterations):
     several = "" if ranks.size == 1 else f" on {ranks.size} ranks" + ", the backbone sharded" * args.shard
     rprm = ", no RPRM" if args.prm_mode == "none" else f" + {args.prm_weight} x RPRM ({args.prm_mode})"
     repeat = actor_critic.model.action_repeat
+    warmup = f"warm-up {args.critic_warmup}" + " (ALL of them: the policy stays as it is)" * (
+        args.critic_warmup >= iterations
+    )
     lines = (
         f"VLA-RL  {args.suite}, tasks {','.join(map(str, args.task_ids))}",
         f"  policy     {args.model} ({which}), {ranks.device}{several}",
@@ -472,7 +475,7 @@ def banner(args, actor_critic, which, ranks, iterations):
         f"temperature {args.temperature}",
         f"  episodes   truncated at {args.max_episode_steps} control steps, {args.render} rendering",
         f"  PPO        {iterations} iterations, lr {args.lr:g} / critic {args.critic_lr:g} ({args.lr_schedule}), "
-        f"{args.epochs} epochs of mini-batches of {args.minibatch_size}, warm-up {args.critic_warmup}",
+        f"{args.epochs} epochs of mini-batches of {args.minibatch_size}, {warmup}",
         f"  output     {args.out}",
     )
     return "\n".join(lines)

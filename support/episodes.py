@@ -144,5 +144,10 @@ def write_episode_film(directory, frames, episode, action_repeat):
         draw.text((4, 2), text, fill=(255, 255, 255))
         drawn.append(np.asarray(image))
     drawn += [drawn[-1]] * 3  # players tend to swallow the last frames
-    name = f"task{episode['task_id']:02d}_state{episode['init_state']:02d}_{outcome}.mp4"
-    write_film(Path(directory) / name, drawn, 20 / action_repeat)
+    write_film(film_path(directory, episode), drawn, 20 / action_repeat)
+
+
+def film_path(directory, episode):
+    """Where `write_episode_film` puts an episode's film."""
+    outcome = "success" if episode["success"] else "failure"
+    return Path(directory) / f"task{episode['task_id']:02d}_state{episode['init_state']:02d}_{outcome}.mp4"

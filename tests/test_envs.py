@@ -580,6 +580,10 @@ def test_bad_assignments(one):
         one.reset(options={"task_ids": [0]})
     with pytest.raises(ValueError, match="unknown option"):
         one.reset(options={"task": [0] * N})
+    with pytest.raises(ValueError, match="give both"):
+        one.reset(options={"init_states": [0] * N})
+    _, info = one.reset(options={"task_ids": np.zeros(N, int), "init_states": np.arange(N)})  # arrays too
+    assert info["init_state"].tolist() == list(range(N))
 
 
 @libero

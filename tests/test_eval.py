@@ -210,6 +210,26 @@ def test_interrupted_evaluation_goes_on(model, envs, short, tmp_path):
 
 
 @pytest.mark.libero
+def test_films_of_episodes_that_were_played_before_are_not_promised(model, short, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "policy")
+    args = Args(str(tmp_path / "policy"), SUITE, [0], 2, num_envs=2, out=str(tmp_path / "out"))
+    main(args)
+    assert "to record" not in capsys.readouterr().err
+    args.video, args.episodes_per_task = 2, 3
+    main(args)
+    assert "2 of the episodes to record were played before" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("videos/*"))
+    args.video = 3
+    main(args)
+    assert "3 of the episodes to record were played before" in capsys.readouterr().err
+    args.out = str(tmp_path / "again")
+    for _ in range(2):  # and the second time they are all there
+        main(args)
+        assert "to record" not in capsys.readouterr().err
+        assert len(list((tmp_path / "again").glob("videos/*.mp4"))) == 3
+
+
+@pytest.mark.libero
 def test_borrowed_environments_go_on_as_if_nothing_had_happened(model, envs, short):
     def some_steps():
         records = []

@@ -1,5 +1,6 @@
 """RPRM: scores and shaping, training on the real tiny model, scores of a rollout, files and commands."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -300,6 +301,16 @@ def test_a_reward_model_that_reads_actions_otherwise_is_refused_where_it_is_show
 
 
 # ---- an adapter, for 7B ----------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_decays_without_a_progress_bar_too(tiny, examples, monkeypatch):
+    settings = dict(
+        epochs=2, batch_size=60, lr=5e-3, patience=2, action_dropout=0.2, whole_vocabulary=False, seed=0
+    )
+    _, shown = rm.fit(rm.RPRM(copy_of(tiny), {}), examples, examples, **settings)
+    monkeypatch.setattr(rm, "progress_bar", functools.partial(rm.progress_bar, disable=True))
+    _, hidden = rm.fit(rm.RPRM(copy_of(tiny), {}), examples, examples, **settings)
+    assert hidden == shown
 
 
 def test_an_adapter_learns_the_labels(tiny, examples, tmp_path):

@@ -415,6 +415,16 @@ def test_adapters_in_bfloat16_resume_exactly_and_merge(official, tmp_path):
     ).abs().mean()  # bfloat16 rounds; the adapter is in
 
 
+@pytest.mark.slow
+def test_an_adapter_alone_says_how_to_make_it_a_policy(official, tmp_path):
+    """Word for word: the command it prints makes what eval.py takes."""
+    out = _sft(*official, "--lora-rank", 2, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "out").stdout
+    assert not (tmp_path / "out" / "config.json").exists() and "eval.py" not in out
+    command = out.split("python ")[1].replace("DIRECTORY", str(tmp_path / "merged")).split()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    assert OpenVLA.from_pretrained(tmp_path / "merged").norm_stats.keys() >= {"libero_object"}
+
+
 def test_bfloat16_without_adapters_is_refused():
     with pytest.raises(UserError, match="--lora-rank"):
         sft.prepare_model(sft.Args(dtype="bfloat16"), "cpu")
