@@ -151,7 +151,8 @@ class LiberoVecEnv(VectorEnv):
         episode is the same whichever rank plays it.
 
     Observation: {"agentview": (N, 256, 256, 3) uint8, upright as OpenVLA expects it, "task_id": (N,) int64,
-    "instruction": list of N strings}. The pictures are *views* of shared memory: the next step overwrites them.
+    "instruction": list of N strings}. The pictures, also those of "final_obs", are *views* of shared memory: the next step
+    overwrites them.
     Action: (N, 7) float, end-effector deltas in [-1, 1] and gripper from 0 = close to 1 = open.
 
     Raises UserError for settings that cannot work, including what only a worker can find out, such as missing EGL.

@@ -434,10 +434,11 @@ class OpenVLA(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", kind="policy"):
         """Load a directory in the official layout, or a hub id. One tensor at a time: beside the model, host memory
-        holds no more than one shard. Raises UserError for everything that can be wrong with the files."""
-        folder = resolve_checkpoint(path)
+        holds no more than one shard. kind: "policy", or "reward model" for the OpenVLA that an RPRM is. Raises UserError
+        for everything that can be wrong with the files."""
+        folder = resolve_checkpoint(path, kind)
         config = read_json(folder / "config.json")
         try:
             with torch.device("meta"):

@@ -231,7 +231,9 @@ class RPRM:
         if "vlm" in info:
             raise UserError(f"{directory} is a tuned VLM, where an RPRM made from the policy is needed")
         if "adapter" not in info:
-            return cls(OpenVLA.from_pretrained(directory, dtype=dtype, device=device), info)
+            return cls(
+                OpenVLA.from_pretrained(directory, dtype=dtype, device=device, kind="reward model"), info
+            )
         base, rank = info["adapter"]["base"], info["adapter"]["rank"]
         reward_model = cls(OpenVLA.from_pretrained(base, dtype=dtype, device=device), info)
         reward_model.add_adapter(base, rank)

@@ -440,7 +440,7 @@ def fill_defaults(args, ranks=ALONE):
     if args.reward_model == "auto":
         beside = Path(args.model).parent / "rprm"
         args.reward_model = str(beside) if size == "tiny" and beside.is_dir() else None
-    if args.reward_model and Path(args.reward_model).is_dir():
+    if args.reward_model and Path(args.reward_model).expanduser().is_dir():
         args.reward_model = str(resolve_checkpoint(args.reward_model, "reward model"))
     if args.reward_model is None and args.prm_mode not in (None, "none"):
         raise UserError(

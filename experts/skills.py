@@ -21,7 +21,7 @@ class PickAndPlace:
         low, high = (corner + start for corner in scene.extent(name))
         self.radius = 0.5 * (high - low)[:2]
         goal, surface, walls = self.place.position() + ahead, *self.place.heights()
-        # The hand goes where a niche is, not above it; its front edge is for `Niche.position` to know.
+        # The hand goes into a niche, not above it: what it stands in is no obstacle (`Niche.position` keeps clear of its front).
         self.ignored = (name, "") if self.place.inward() is None else (name, "", self.place.parent)
         ignored = self.ignored[:1] + self.ignored[2:]
         best = None

@@ -10,10 +10,10 @@ def score_of(logits, prior):
     """p("1") / (p("1") + p("0")) of answer logits (B, 2), at the rate `prior` of positives -> (B,) in [0, 1].
 
     Training shows both labels equally often, so the bare softmax answers for a world in which every second row leads to a
-    keyframe. By Bayes' rule the odds where a share `prior` does are prior / (1 - prior) times as large (Elkan, 2001). It
-    changes no ranking of rows, but that of episodes: hovering where some rows of successes are positive gets 0.6 from the
-    bare softmax, two thirds of what a sure keyframe gets, and a failed episode hovers for long. 0.5 leaves the softmax as
-    it is.
+    keyframe. By Bayes' rule the odds where a share `prior` does are prior / (1 - prior) times as large (Elkan, 2001). Rows
+    keep their order; sums over episodes do not. The bare softmax gives 0.6 for hovering where some rows of successes are
+    positive, two thirds of what a sure keyframe gets, and a failed episode hovers for long. 0.5 leaves the softmax as it
+    is.
     """
     return (logits[:, 0] - logits[:, 1] + math.log(prior / (1 - prior))).sigmoid()
 

@@ -205,7 +205,9 @@ def hub_cache(name):
 
 def refuse_relatives(folder):
     """Raise UserError for directories that have OpenVLA's config.json and tensor names and are another model:
-    played as OpenVLA they never succeed, without a word."""
+    played as a policy they never succeed, without a word."""
+    if (folder / "rprm.json").is_file():
+        raise UserError(f"{folder} is a reward model (rprm.json), where a policy is needed")
     for pattern in (
         "action_head--*",
         "proprio_projector--*",

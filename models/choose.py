@@ -34,9 +34,11 @@ def choose_model(model, suite, flags):
     if model == "openvla-tiny":
         return shipped(suite, "policy"), "tiny", "asked for"
     if model != "auto":
-        folder = resolve_checkpoint(model) if Path(model).is_dir() else None  # else a hub id: not now
+        is_directory = Path(model).expanduser().is_dir()
+        # Of a hub id, what is in the cache: nothing is fetched before the flags are known to be right.
+        folder = resolve_checkpoint(model) if is_directory else hub_cache(model)
         small = folder is not None and "vision_configs" in read_json(folder / "config.json")
-        return str(folder or model), "tiny" if small else "7B", "asked for"
+        return str(folder) if is_directory else model, "tiny" if small else "7B", "asked for"
     if not torch.cuda.is_available():
         return shipped(suite, "policy"), "tiny", "no GPU"
     folder = hub_cache(official)
@@ -47,7 +49,8 @@ def choose_model(model, suite, flags):
             f"a GPU, but no weights: `hf download {official}` fetches them",
         )
     memory = torch.cuda.get_device_properties(0).total_memory
-    needs = Needs.of_flags(folder, torch.bfloat16, flags)
+    dtype = torch.float32 if flags.get("dtype") == "float32" else torch.bfloat16
+    needs = Needs.of_flags(folder, dtype, flags)
     if memory < needs.total("cuda"):
         less = dataclasses.replace(needs, gradient_checkpointing=True).total("cuda")
         hint = "" if needs.gradient_checkpointing else f" ({less / 1e9:.0f} with --gradient-checkpointing)"

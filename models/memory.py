@@ -22,7 +22,8 @@ from support.errors import UserError
 from support.files import read_json
 
 DTYPES = ("auto", "bfloat16", "float32")
-SMALL = 1e9  # parameters; below, float32 is affordable and exact. Bytes; below, nobody needs to be warned
+SMALL_MODEL = 1e9  # parameters; below, float32 is affordable and exact
+SMALL_NEED = 1e9  # bytes; below, nobody needs to be warned
 TEXT_TOKENS = 40  # of a prompt and its action, generously
 RESERVE = 1.5e9  # bytes: CUDA's context and libraries, or the interpreter with its simulator
 
@@ -38,7 +39,7 @@ def choose_dtype(asked, folder, device):
     """
     if asked != "auto":
         return getattr(torch, asked)
-    if sum(math.prod(entry.shape) for entry in tensor_table(Path(folder)).values()) < SMALL:
+    if sum(math.prod(entry.shape) for entry in tensor_table(Path(folder)).values()) < SMALL_MODEL:
         return torch.float32
     if torch.device(device).type == "cpu" and not cpu_computes_bfloat16_well():
         return torch.float32
@@ -176,7 +177,7 @@ def check_memory(needs, device, free=None):
     """Raise UserError, one line, if `needs` will not fit on `device`: what needs how much, and which flags
     help. free: bytes."""
     free = free_memory(device) if free is None else free
-    if needs.total(device) <= free or needs.total(device) - RESERVE < SMALL:
+    if needs.total(device) <= free or needs.total(device) - RESERVE < SMALL_NEED:
         return
     parts = ", ".join(f"{name} {part / 1e9:.1f}" for name, part in needs.parts(device).items() if part > 5e7)
     where = "GPU" if torch.device(device).type == "cuda" else "machine"

@@ -45,15 +45,15 @@ from support.files import read_json
 
 
 def find_adapter(run):
-    """A run directory (its newest checkpoint), or one of its checkpoints -> (adapter directory, the policy it started from)."""
-    path = Path(run)
+    """A run directory (its newest checkpoint), or one of its checkpoints -> (adapter directory, the run's settings)."""
+    path = Path(run).resolve()  # "." has no parents
     saved = sorted(p for p in (path / "checkpoints").glob("*") if p.name.isdigit())
     if (path / "config.json").is_file() and saved:
         path = saved[-1]
     adapter, config = path / "adapters" / "policy", path.parent.parent / "config.json"
     if not adapter.is_dir() or not config.is_file():
         raise UserError(f"{run} is neither a run directory with checkpoints nor one of a run's checkpoints")
-    return adapter, read_json(config).get("model")
+    return adapter, read_json(config)
 
 
 def read_adapter(directory):
@@ -84,10 +84,12 @@ def read_adapter(directory):
     return pairs, scale, base
 
 
-def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES):
-    """Write `base` (directory or hub id) with the adapter in the directory `adapter` merged: W + scale x B A for W."""
+def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES, temperature=None):
+    """Write `base` (directory or hub id) with the adapter in the directory `adapter` merged: W + scale x B A for W.
+    temperature: at which the merged policy is meant to act (default: as the base)."""
+    adapter = Path(adapter).resolve()
     folder = resolve_checkpoint(base)
-    table, (pairs, scale, fingerprint) = tensor_table(folder), read_adapter(Path(adapter))
+    table, (pairs, scale, fingerprint) = tensor_table(folder), read_adapter(adapter)
     files = {}
 
     def read(name):
@@ -115,8 +117,12 @@ def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES):
 
     config = read_json(folder / "config.json")
     config["norm_stats"] = read_norm_stats(folder, config)
-    # sft.py's, beside adapters/policy: of the data that the adapter learnt from
-    config["norm_stats"] = read_norm_stats(Path(adapter).parent.parent, config)
+    if (
+        adapter.parent.name == "adapters"
+    ):  # sft.py's, beside adapters/policy: of the data that the adapter learnt from
+        config["norm_stats"] = read_norm_stats(adapter.parent.parent, config)
+    if temperature is not None and temperature != config.get("sampling_temperature", 0.0):
+        config["sampling_temperature"] = temperature
     write_checkpoint(out, config, table, merged, read_side_files(folder), max_shard_bytes)
 
 
@@ -125,11 +131,11 @@ def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES):
 def main(args):
     if (args.run is None) == (args.adapter is None):
         raise UserError("give either --run or --adapter (see --help)")
-    adapter, base = find_adapter(args.run) if args.run else (args.adapter, None)
-    base = args.base or base
+    adapter, settings = find_adapter(args.run) if args.run else (args.adapter, {})
+    base = args.base or settings.get("model")
     if base is None:
         raise UserError("--base is needed: which policy was this adapter trained on?")
-    merge(adapter, base, args.out)
+    merge(adapter, base, args.out, temperature=settings.get("eval_temperature"))
     print(f"{adapter} merged into {base}: {args.out}")
 
 

@@ -27,14 +27,14 @@ def libero_words():
     )
 
 
-def tiny_tokenizer(words, prompt, action_bins=256):
+def tiny_tokenizer(words, prompt):
     """One token a word of `words` (a list) and of the template `prompt`, laid out like Llama's vocabulary:
     specials, words, spare ids up to a multiple of 64, the 256 action tokens, then PAD as the first of the 64
     padding rows."""
     template = prompt.format(instruction="").lower().replace(":", " : ").replace("?", " ? ").split()
     vocabulary = list(SPECIAL_TOKENS) + sorted({*words, *template, "task", "is", "it", "completed"})
     vocabulary += [f"<spare_{i}>" for i in range(-len(vocabulary) % 64)]
-    vocabulary += [f"<action_{i}>" for i in range(action_bins)] + ["<pad>"]
+    vocabulary += [f"<action_{i}>" for i in range(256)] + ["<pad>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # splits "?" and ":" off
@@ -102,8 +102,6 @@ def tiny_config(
             "max_position_embeddings": max_positions,
         },
         "suffix_token_id": tokenizer.token_to_id("<act>"),
-        "success_token_id": tokenizer.token_to_id("1"),
-        "no_success_token_id": tokenizer.token_to_id("0"),
         "action_repeat": action_repeat,
         "sampling_temperature": sampling_temperature,
     }

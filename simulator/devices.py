@@ -14,9 +14,11 @@ def share_of_machine(ranks, num_workers=None, egl_devices=None):
     """
     if num_workers is None and ranks.local_size > 1:
         num_workers = max(1, cores() // ranks.local_size)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [x.strip() for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     chosen = all(x.isdigit() for x in visible)  # else a single process leaves EGL the choice
-    if egl_devices is None and ranks.device.startswith("cuda") and (chosen or ranks.local_size > 1):
+    if egl_devices is None and os.environ.get("MUJOCO_EGL_DEVICE_ID"):
+        pass  # chosen there: workers inherit it
+    elif egl_devices is None and ranks.device.startswith("cuda") and (chosen or ranks.local_size > 1):
         # EGL counts all GPUs of the machine, CUDA only those that it was told to see. And in a container there may be GPUs to
         # compute on, and none that EGL knows: Mesa then draws on the CPU, for all ranks.
         device = int(visible[ranks.local_rank]) if chosen else ranks.local_rank

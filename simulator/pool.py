@@ -235,8 +235,10 @@ class WorkerProcess:
             for line in reversed(lines):
                 if line.startswith("error: "):
                     return line.removeprefix("error: "), True
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return " ".join([how, *(f"({line})" for line in lines[-1:])]), False
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
+        # After a segmentation fault, faulthandler lists the loaded modules last, and says first what happened.
+        fatal = [line for line in lines if line.startswith("Fatal Python error")]
+        return " ".join([how, *(f"({line})" for line in (fatal or lines)[-1:])]), False
 
     def kill(self):
         if self.process is not None:
@@ -245,6 +247,13 @@ class WorkerProcess:
             self.conn.close()
             self.log.close()
             self.process = None
+
+
+def _signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _release(workers, descriptor):

@@ -50,8 +50,8 @@ class Kept:
 class Renderer:
     """The `agentview` camera of one task.
 
-    model: the physics model. drawn: a model of the same scene whose meshes and textures OpenGL gets (`light_model`, or a copy
-    of `model` for exact pictures); it is not needed afterwards. data: the scene after a reset. arm_site: a site of the robot arm.
+    model: the physics model. drawn: a model of the same scene whose meshes and textures OpenGL gets (`light_model`, or for
+    exact pictures the scene as compiled); it is not needed afterwards. data: the scene after a reset. arm_site: a site of the robot arm.
     light: the fast kind of picture. resolution: image side in pixels.
     """
 
@@ -274,11 +274,11 @@ def check_egl():
 
 def num_egl_devices():
     """How many devices EGL can render on here; 0 without EGL. `MUJOCO_EGL_DEVICE_ID` counts them."""
-    from mujoco.egl import egl_ext  # not at the top: it looks for EGL when it is imported
-
     try:
+        from mujoco.egl import egl_ext  # not at the top: it looks for EGL when it is imported
+
         return len(egl_ext.eglQueryDevicesEXT())
-    except Exception:  # PyOpenGL raises several kinds where the library or the extension is missing
+    except Exception:  # of several kinds: without the library or the extension, and under MUJOCO_GL=osmesa
         return 0
 
 

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 
-# until November 2026
+# names in checkpoints from before November 2026
 _OLD_NAMES = {"parked": "idle", "asked_next": "assigned_next"}
 
 

@@ -95,7 +95,8 @@ class TaskSim:
         self.finger_bias, self.finger_weight = 0.5 * (high + low), 0.5 * (high - low)
         self.torque_limit = np.array(robot.torque_limits[1])
         # What every episode starts from: the controller as robosuite leaves it after a reset, and the fixtures as
-        # `seed(0); reset()` places them. Fixtures are not part of a stored initial state: this is LIBERO's seed trap.
+        # `seed(0); reset()` places them. Fixtures are not part of a stored initial state: an evaluation that does not call
+        # seed(0) first has them elsewhere.
         self.rest_qpos = np.array(robot.controller.initial_joint)
         c = robot.controller
         self.initial_goal = (np.array(c.goal_pos), np.array(c.goal_ori))
@@ -184,7 +185,7 @@ class Episode:
             sim.model.body_quat[sim.moved_bodies] = self.body_quat
 
     def reset(self, init_state=None, rng=None):
-        """Start again: LIBERO's initial state `init_state` (0 to 49), or a random placement, then 10 settling steps.
+        """Start again: LIBERO's initial state `init_state` (from 0 on), or a random placement, then 10 settling steps.
 
         A random placement is LIBERO's own: what `env.reset()` draws, from a seed that `rng` (numpy Generator) gives.
         """
@@ -203,7 +204,7 @@ class Episode:
             if not 0 <= init_state < sim.num_init_states:
                 where = f"{sim.suite} task {sim.task_id}"
                 raise UserError(
-                    f"no initial state {init_state} in {where}: valid are 0 to {sim.num_init_states - 1}"
+                    f"no initial state {init_state} in {where}: it has {sim.num_init_states}, from 0 on"
                 )
             self.body_pos, self.body_quat = (b[sim.moved_bodies] for b in sim.protocol_bodies)
             self._activate()

@@ -236,6 +236,13 @@ def test_egl_devices_are_shared_out(monkeypatch):
     assert share(ranks, 3, [0, 1])["egl_devices"] == [1]
     assert share(ranks, 3, [0, 1, 2, 3, 4, 5, 6, 7]) == dict(num_workers=3, egl_devices=[1, 5])
     assert share(ranks)["num_workers"] >= 1
+    # In a container EGL may count otherwise; who has named a device is not contradicted, but by the flag.
+    monkeypatch.setattr(devices, "num_egl_devices", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5,6,7")
+    assert share(ranks)["egl_devices"] == [5]
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
+    assert share(ranks)["egl_devices"] is None
+    assert share(ranks, 3, [0, 1])["egl_devices"] == [1]
 
 
 # Ranks that end ------------------------------------------------------------------------------------------------------

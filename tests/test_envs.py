@@ -467,6 +467,15 @@ def test_kills_at_any_moment_lose_nothing(two):
 
 
 @libero
+def test_a_crash_says_what_it_was(one, capfd):
+    """Python's last words after it are a list of modules."""
+    one.reset(seed=9)
+    os.kill(one.worker_pids[0], signal.SIGSEGV)
+    one.step(_actions(0))
+    assert "was killed by SIGSEGV (Fatal Python error: Segmentation fault)" in capfd.readouterr().err
+
+
+@libero
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_a_dying_worker_had_reported_stands(one, ends):
     """One worker, three environments; killed between the first and the last of them, in a step that ends episodes or not."""

@@ -463,7 +463,7 @@ def test_tiny_round_trip(small, tmp_path):
     ends = again.action_tokenizer.first, again.action_tokenizer.vocab_end - 1
     assert [again.tokenizer.id_to_token(token) for token in ends] == ["<action_0>", "<action_255>"]
     assert again.tokenizer.token_to_id("<pad>") == again.action_tokenizer.vocab_end
-    assert again.tokenizer.token_to_id("1") == again.config["success_token_id"]
+    assert None not in {again.tokenizer.token_to_id(answer) for answer in ("1", "0")}
 
 
 def test_tokenizer_knows_all_of_libero():

@@ -59,7 +59,11 @@ def run(tmp_path):
         actor_critic = trained(OpenVLA.from_pretrained(tmp_path / "start"), seed)
         (out / "checkpoints" / name).mkdir(parents=True)
         actor_critic.save_adapters(out / "checkpoints" / name / "adapters")
-    (out / "config.json").write_text(json.dumps({"model": str(tmp_path / "start"), "total_steps": 10}))
+    settings = {"model": str(tmp_path / "start"), "total_steps": 10, "eval_temperature": 0.3}
+    (out / "config.json").write_text(json.dumps(settings))
+    actor_critic.model.config["sampling_temperature"] = (
+        0.3  # as train.py does, instead of the start policy's 0.6
+    )
     return out, actor_critic
 
 
@@ -126,6 +130,12 @@ def test_oft_is_refused_by_name(tmp_path, part):
     (tmp_path / "m" / part).write_bytes(b"")
     with pytest.raises(UserError, match=f"OpenVLA-OFT checkpoint \\({part}\\)"):
         OpenVLA.from_pretrained(tmp_path / "m")
+
+
+def test_a_reward_model_is_no_policy():
+    for name in (ROOT / "checkpoints").glob("*/rprm"):
+        with pytest.raises(UserError, match="rprm is a reward model"):
+            OpenVLA.from_pretrained(name)
 
 
 def test_unmerged_and_quantised_are_refused_by_name(tmp_path):
@@ -202,11 +212,13 @@ def test_adapters_know_their_base(tmp_path):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 500_000])
-def test_merging_files_equals_saving(tmp_path, run, max_shard_bytes):
+def test_merging_files_equals_saving(tmp_path, run, max_shard_bytes, monkeypatch):
     out, actor_critic = run
     actor_critic.save_policy(tmp_path / "saved")
-    adapter, base = merge.find_adapter(out)
-    merge.merge(adapter, base, tmp_path / "merged", max_shard_bytes)
+    adapter, settings = merge.find_adapter(out)
+    merge.merge(
+        adapter, settings["model"], tmp_path / "merged", max_shard_bytes, settings["eval_temperature"]
+    )
     files = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
     assert (len(files) > 4) == (max_shard_bytes == 500_000)
     tensors = {}
@@ -218,6 +230,8 @@ def test_merging_files_equals_saving(tmp_path, run, max_shard_bytes):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
     earlier, _ = merge.find_adapter(out / "checkpoints" / "000001")
     assert (adapter.parts[-3], earlier.parts[-3]) == ("000002", "000001")
+    monkeypatch.chdir(out / "checkpoints" / "000001")
+    assert merge.find_adapter(".") == (earlier, settings)
 
 
 def test_merging_official_layout_leaves_unused_tensors(tmp_path):
@@ -241,7 +255,7 @@ def test_merge_command_and_its_errors(tmp_path, run):
 
     done = command("--run", out, "--out", tmp_path / "merged")
     assert done.returncode == 0 and "merged into" in done.stdout, done.stderr
-    OpenVLA.from_pretrained(tmp_path / "merged")
+    assert OpenVLA.from_pretrained(tmp_path / "merged").sampling_temperature == 0.3
     adapter = out / "checkpoints" / "000002" / "adapters" / "policy"
     for flags, message in [
         ((), "either --run or --adapter"),
@@ -339,6 +353,25 @@ def test_dtype_of_small_and_large_models(tmp_path, monkeypatch):
         assert choose_dtype("auto", large, "cpu") == want
 
 
+def test_a_tiny_policy_is_tiny_whatever_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose_model("me/tiny", "libero_object", {}) == (
+        "me/tiny",
+        "7B",
+        "asked for",
+    )  # not there: the hub will tell
+    folder = tmp_path / "cache" / "models--me--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    tiny().save_pretrained(folder / "snapshots" / "c0ffee")
+    assert choose_model("me/tiny", "libero_object", {}) == ("me/tiny", "tiny", "asked for")
+    shutil.copytree(folder / "snapshots" / "c0ffee", tmp_path / "mine")
+    assert choose_model("~/mine", "libero_object", {}) == (str(tmp_path / "mine"), "tiny", "asked for")
+    assert choose_model(str(tmp_path / "mine"), "libero_object", {})[1] == "tiny"
+
+
 def test_auto_takes_7b_where_it_is_downloaded_and_fits(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -364,6 +397,11 @@ def test_auto_takes_7b_where_it_is_downloaded_and_fits(tmp_path, monkeypatch):
         (40e9, {}, "the GPU has 40 GB, OpenVLA-7B needs [56]. \\(3. with --gradient-checkpointing\\)"),
         (40e9, dict(gradient_checkpointing=True), (name, "7B", "GPU and weights are there")),
         (24e9, dict(gradient_checkpointing=True), "the GPU has 24 GB, OpenVLA-7B needs 3.$"),
+        (
+            40e9,
+            dict(gradient_checkpointing=True, dtype="float32"),
+            "the GPU has 40 GB, OpenVLA-7B needs 6.$",
+        ),
     ):
         gpu.total_memory = memory
         chosen = choose_model("auto", "libero_object", flags | extra)
