@@ -28,7 +28,9 @@ class Args:
         "data",
         "directory; files go to <out>/<suite>/<task>_demo.hdf5 (with --policy <task>_policy_demo.hdf5)",
     )
-    action_repeat: int = flag(4, "control steps per recorded decision (openvla-tiny acts every 4)", min=1)
+    action_repeat: int = flag(
+        4, "control steps per recorded decision (openvla-tiny acts every 4)", min=1, max=100
+    )
     noise: float = flag(
         0.25, "std of the disturbance of executed translation commands; labels stay clean", min=0
     )

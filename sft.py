@@ -81,6 +81,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -447,6 +448,8 @@ def main(args):
         model, weights, save_policy = prepare_model(args, ranks.device)
     ranks.broadcast_(weights.values())
     suites = args.suite.split(",")
+    for suite in suites if args.eval_every else ():
+        num_tasks(suite)  # UserError, now and not hours later, where there is nothing to evaluate on
     sources = {suite: Path(args.data) / suite for suite in suites}
     if len(suites) == 1 and not sources[args.suite].is_dir():
         sources = {args.suite: args.data}
@@ -496,7 +499,9 @@ def main(args):
                 save_state(training.state_dict(), state)
             if stopping and not last:
                 ranks.barrier()
-                hint = f"stopped after step {step}; go on with: python sft.py --resume {out}"
+                hint = (
+                    f"stopped after step {step}; go on with: python sft.py --resume {shlex.quote(str(out))}"
+                )
                 ranks.print0(hint, file=sys.stderr)
                 sys.exit(130)
     if main_process:

@@ -45,8 +45,8 @@ def main():
     began = time.time()
     results = {"machine": machine(), **module.measure(args)}
     results["took_s"] = time.time() - began
+    atomic_write(args.out, json.dumps(results, indent=2) + "\n")  # first: `| head` may end what follows
     module.show(results)
-    atomic_write(args.out, json.dumps(results, indent=2) + "\n")
     print(f"\n{results['took_s']:.0f} s; numbers in {args.out}")
 
 

@@ -115,6 +115,7 @@ def start_training(args, out):
         suite=args.suite,
         task_ids=args.task_id,
         num_envs=args.num_envs,
+        num_steps=32,
         total_steps=args.num_envs * 32 * (1 + args.iterations),
         critic_warmup=0,
         out=out,

@@ -31,8 +31,10 @@ def machine():
 
 
 def training_flags(**settings):
-    """Flags of train.py for a run that trains and nothing else: no evaluation, no video."""
-    settings = dict(start_episodes=0, eval_every=0, final_episodes=0, video_every=0) | settings
+    """Flags of train.py for a run of openvla-tiny that trains and nothing else: no evaluation, no video."""
+    settings = (
+        dict(model="openvla-tiny", start_episodes=0, eval_every=0, final_episodes=0, video_every=0) | settings
+    )
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 

@@ -89,7 +89,8 @@ def timed(spent, **methods):
 
 
 def take_update_apart(args):
-    """Seconds of the parts of one PPO update with train.py's defaults, and the operators that take most of it."""
+    """Seconds of the parts of one PPO update of a rollout and mini-batches of the sizes given, and the operators that take most
+    of it."""
     model = OpenVLA.from_pretrained(ROOT / "checkpoints" / args.suite / "policy")
     actor_critic = ActorCritic(model, targets="language")
     rollout = rollout_buffer(actor_critic, model, args.num_envs * args.num_steps, "patch_embeddings")
@@ -101,7 +102,7 @@ def take_update_apart(args):
         temperature=1.0,
         epochs=args.epochs,
         minibatch_size=args.minibatch_size,
-        micro_batch_size=args.minibatch_size,
+        micro_batch_size=min(128, args.minibatch_size),  # train.py's default
     )
 
     def update():

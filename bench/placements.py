@@ -19,6 +19,7 @@ from bench.common import table
 from simulator.suites import check_task_ids
 from simulator.task import TaskSim
 from support.cli import flag
+from support.errors import UserError
 from support.quiet import progress_bar
 
 FLUNG = 0.1  # metres from the middle of its places, which are a few centimetres wide
@@ -80,6 +81,8 @@ def measure(args):
                 places.append(env.sim.data.body_xpos[[env.obj_body_id[name] for name in names], :2].copy())
             return np.array(places)
 
+        if not sim.num_init_states:
+            raise UserError(f"{args.suite} has no initial states of task {task_id}; --task-ids leaves it out")
         states = places_after(range(min(args.placements, sim.num_init_states)))
         placements = places_after([None] * args.placements)
         tasks.append({

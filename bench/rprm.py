@@ -404,6 +404,11 @@ def measure(args):
     runs, limits, policies, hovers, repeats, temperatures = [], [], [], [], set(), {}
     for name in names:
         model = OpenVLA.from_pretrained(name, device=args.device)
+        ours, theirs = (m.action_statistics(model.unnorm_key_for(args.suite)) for m in (model, reward_model))
+        if theirs is not None and not all(map(np.array_equal, ours, theirs)):
+            raise UserError(
+                f"{rprm} has other action statistics than {name}, so it would read other motions than are made"
+            )
         repeats.add(model.action_repeat)
         if len(repeats) > 1:
             raise UserError(f"--policy {args.policy}: policies of different action_repeat share no tables")

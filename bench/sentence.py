@@ -25,7 +25,7 @@ class Args:
         None, "for every task of the suite, the task whose sentence it is told", default="1,2,…,0", min=0
     )
     task_ids: list[int] | None = flag(None, "tasks, as in 0,1,2", default="all of the suite", min=0)
-    episodes_per_task: int = flag(20, "initial states 0 to N-1 of each task", min=1, max=50, metavar="N")
+    episodes_per_task: int = flag(20, "initial states 0 to N-1 of each task", min=1, max=50)
     num_envs: int = flag(16, "episodes that run at the same time", min=1)
     seed: int = flag(0, "of sampling, at the checkpoint's own temperature", min=0)
     video: int = flag(0, "episodes of each task to record as mp4, beside --out", min=0, max=50)
@@ -51,14 +51,21 @@ def sentences_told(suite, told=None):
 def measure(args):
     from eval import evaluate
     from policy import OpenVLA
+    from simulator.render import default_render
 
     sentences = sentences_told(args.suite, args.told)
     model = OpenVLA.from_pretrained(args.checkpoint).eval()
+    render = default_render()  # as eval.py
     result = evaluate(
         model, args.suite, args.task_ids, args.episodes_per_task, args.num_envs, seed=args.seed, video=args.video,
-        video_dir=args.out.parent / "videos", sentences=sentences,
+        video_dir=args.out.parent / "videos", sentences=sentences, render=render,
     )  # fmt: skip
-    settings = {"suite": args.suite, "temperature": model.temperature_or_own(None), "seed": args.seed}
+    settings = {
+        "suite": args.suite,
+        "temperature": model.temperature_or_own(None),
+        "seed": args.seed,
+        "render": render,
+    }
     return {"checkpoint": args.checkpoint, "settings": settings, "told": sentences, **result.to_dict()}
 
 

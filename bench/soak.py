@@ -90,7 +90,8 @@ def measure(args):
             bar.update(round(time.time() - began) - bar.n)
             if time.time() > next_fault and audit["updates"] > done_at_fault and workers:
                 how = "SIGKILL" if rng.random() < 0.5 else "SIGSTOP"
-                list(workers)[rng.integers(len(workers))].send_signal(getattr(signal, how))
+                with contextlib.suppress(psutil.Error):  # gone in the meantime
+                    list(workers)[rng.integers(len(workers))].send_signal(getattr(signal, how))
                 faults[how] += 1
                 next_fault, done_at_fault = (
                     time.time() + rng.exponential(args.kill_every),

@@ -20,7 +20,7 @@ mkdir -p "$OUT"
 
 # The scripted experts on the test states, then policy and reward model.
 has "$OUT/expert.txt" || { $PY demos.py --suite "$SUITE" --check | tee "$OUT/expert.tmp" && mv "$OUT/expert.tmp" "$OUT/expert.txt"; }
-scripts/start.sh "$SUITE" "$OUT" "$OUT"
+TASKS='' scripts/start.sh "$SUITE" "$OUT" "$OUT"
 has "$OUT/rprm-checks.json" ||
   $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" \
     --episodes-per-task 20 --seed 2 --out "$OUT/rprm-checks.json"

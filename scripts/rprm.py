@@ -23,7 +23,9 @@ from support.labels import IGNORED, POSITIVE, LabelRule, LabelSummary
 class DataArgs(LabelRule):
     demos: Path = flag(Path("data/libero_object"), "HDF5 file in LIBERO's layout, or a directory of them")
     limit: int | None = flag(None, "at most this many trajectories of each file of --demos", min=1)
-    skip: int = flag(0, "leave out so many at the start of each file, such as those trained on", min=0)
+    skip: int = flag(
+        0, "leave out so many at the start of each file of --demos, such as those trained on", min=0
+    )
 
 
 @dataclass

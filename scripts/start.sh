@@ -27,6 +27,8 @@ libero_goal) DEMOS=${DEMOS:-75} NOISE=${NOISE:---noise 0.15 --kick 0.03} INIT=${
 esac
 SFT=${SFT:-}              # more flags of sft.py, such as "--steps 14000"
 ROLLOUTS=${ROLLOUTS:-100} # episodes per task that the policy plays for the reward model to learn from
+TASKS=${TASKS:-}          # tasks, as in 0,1,2, instead of all of the suite
+only=(${TASKS:+--task-ids "$TASKS"})
 
 has() { [ -e "$1" ] && echo "have $1"; }
 has "$policy/config.json" && has "$rprm/rprm.json" && exit
@@ -35,7 +37,7 @@ mkdir -p "$WORK"
 # 1. Demonstrations, by the scripted experts. Into another name first: a directory that is there is complete.
 has "$WORK/data/$SUITE" || {
   # shellcheck disable=SC2086  # NOISE and SFT hold several flags
-  $PY demos.py --suite "$SUITE" --num-demos "$DEMOS" $NOISE --out "$WORK/data.part"
+  $PY demos.py --suite "$SUITE" ${only[@]+"${only[@]}"} --num-demos "$DEMOS" $NOISE --out "$WORK/data.part"
   mkdir -p "$WORK/data"
   mv "$WORK/data.part/$SUITE" "$WORK/data/$SUITE"
 }
@@ -59,7 +61,7 @@ has "$policy/config.json" || {
 has "$rprm/rprm.json" || has "$WORK/rollouts" || {
   rm -rf "$WORK/rollouts.part"
   $PY -m scripts.rprm record --suite "$SUITE" --policy "$policy" --out "$WORK/rollouts.part" \
-    --episodes-per-task "$ROLLOUTS" --seed 1
+    ${only[@]+"${only[@]}"} --episodes-per-task "$ROLLOUTS" --seed 1
   mv "$WORK/rollouts.part" "$WORK/rollouts"
 }
 

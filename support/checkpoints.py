@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 
@@ -56,7 +57,7 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
         # None at the start, and none where somebody deleted the directory.
         earlier = any(path.name.isdigit() for path in root.glob("*"))
         next_step = (
-            f"the previous one is intact. Free some space, then: python train.py --resume {out}"
+            f"the previous one is intact. Free some space, then: python train.py --resume {shlex.quote(str(out))}"
             if earlier
             else "there is no other. Free some space, then start again"
         )

@@ -140,7 +140,7 @@ def parse_args(args_class, description, argv=None):
 
 
 def parse_command(commands, description, argv=None):
-    """Like `parse_args` for a script with sub-commands (`python -m bench envs --workers 2`).
+    """Like `parse_args` for a script with sub-commands (`python -m scripts.rprm label --limit 2`).
 
     commands: {name: (args_class, help)}. Returns (name, instance of that command's dataclass).
     """

@@ -34,7 +34,7 @@ from support.report import (
 from support.statistics import contrast_interval, paired_interval, t_interval, wilson_interval
 
 # Settings of an evaluation without which it says nothing beside another: a greedy one beside a sampled one, say.
-ALIKE = ("suite", "temperature", "whole_vocabulary", "fresh")
+ALIKE = ("suite", "temperature", "whole_vocabulary", "fresh", "render")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Methods and seeds
@@ -59,6 +59,10 @@ def methods(runs, path, results_file="results.json"):
         if not points:
             raise UserError(f"{run} was never evaluated: train with --eval-every or --final-episodes")
         method = re.sub(r"-seed\d+$", "", Path(run).name)
+        if config["seed"] in points_of.get(method, {}):
+            raise UserError(
+                f"--runs: {run} is a second {method} of seed {config['seed']}, as its config.json says"
+            )
         points_of.setdefault(method, {})[config["seed"]] = points
         lines_of.setdefault(method, {})[config["seed"]] = lines
 
@@ -311,7 +315,8 @@ def _or(interval, other):
 
 
 def _interval_over_episodes(row, signs):
-    """(low, high) in %: as if the seeds' episodes, equally many of each, were those of one policy and of other states each."""
+    """(low, high) in %: the episodes of all seeds, which have equally many, in one pot, as if one policy had played them, each
+    from a state of its own."""
     pooled = [
         (parts[0][0], sum(wins for _, wins, _ in parts), sum(n for *_, n in parts))
         for parts in zip(*_terms(row, signs), strict=True)
@@ -336,6 +341,8 @@ def _read_evaluation(file):
     """eval.py's results.json and {(task, test state): success}."""
     try:
         result = json.loads(Path(file).read_text())
+        if not isinstance(result["settings"], dict):
+            raise TypeError("settings")
         return result, {(e["task_id"], e["init_state"]): e["success"] for e in result["episodes"]}
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise UserError(f"{file} is no result of eval.py ({type(exc).__name__}: {exc})") from exc
@@ -348,13 +355,13 @@ def pair(before, after, film=None):
     files = [path / "results.json" if path.is_dir() else path for path in (Path(before), Path(after))]
     (start, trained), episodes = zip(*map(_read_evaluation, files), strict=True)
     results = {"start": start, "trained": trained}
-    settings = [(r["suite"], r["settings"].get("fresh", False)) for r in results.values()]
+    settings = [[r["settings"].get(name) for name in ALIKE] for r in results.values()]
     if settings[0] != settings[1] or episodes[0].keys() != episodes[1].keys():
         raise UserError(f"{before} and {after} are not of the same episodes: give eval.py the same flags")
     gains = [int(episodes[1][key]) - int(episodes[0][key]) for key in episodes[0]]
     low, high = paired_interval(gains)
     lines = [
-        before_after_table(results),
+        before_after_table(results, ("before", "after")),
         "",
         f"{100 * np.mean(gains):+.1f} points on the same {len(gains)} episodes, 95 % from {100 * low:.1f} to {100 * high:.1f}: "
         f"{gains.count(1)} failed before and succeed now, {gains.count(-1)} the other way",
@@ -378,8 +385,9 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 def suites(directory, picture=None, evaluation="results-500.json", names=None):
     """The paper's Table 1 as Markdown: success in % before and after training on the four suites and on all of them.
 
-    Several seeds: their mean, with a t interval over seeds. One, or several that are all alike: a Wilson interval over the
-    episodes, for the gain `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all
+    Several seeds: their mean, with a t interval over seeds; for the gain, with chance in the start policy's one evaluation
+    added to it (`_difference`). One, or several that are all alike: a Wilson interval over the episodes, for the gain
+    `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all
     suites have.
     directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
     panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
@@ -405,17 +413,34 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
     rows = {"SFT": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
     for start, won in columns.values():
         won = np.array(list(won.values()))  # (seeds, episodes)
-        rates, gains = 100 * won.mean(axis=1), 100.0 * (won - start)
+        rates, before, seeds = (
+            100 * won.mean(axis=1),
+            100 * start.mean(),
+            t_interval(100 * won.mean(axis=1), 0, 100),
+        )
         rows["SFT"].append(_rate(start))
-        rows["VLA-RL"].append(_cell(rates.mean(), _or(t_interval(rates, 0, 100), _wilson(won))))
+        rows["VLA-RL"].append(_cell(rates.mean(), _or(seeds, _wilson(won))))
         pairs = [100 * end for end in paired_interval((won - start).ravel().tolist())]
-        rows["gain"].append(_cell(gains.mean(), _or(t_interval(gains.mean(axis=1), -100, 100), pairs), "+"))
+        rows["gain"].append(
+            _cell(rates.mean() - before, _or(_difference(rates.mean(), seeds, start), pairs), "+")
+        )
         rows["seeds"].append(str(len(won)))
         rows["episodes each"].append(str(start.size))
     if picture:
         _draw_suites({suite: won for suite, (_, won) in found.items()}, Path(directory), evaluation, picture)
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()])
+
+
+def _difference(mean, interval, start):
+    """(low, high) in %: of `mean`, with its interval over seeds, minus the rate of `start`, (episodes,) 0 or 1, with its Wilson
+    interval, their widths added up as in `contrast_interval`. NaN where the interval is. That the policies met the same test
+    states is not used, which makes it a little too wide."""
+    (low, high), (least, most), before = interval, _wilson(start), 100 * start.mean()
+    difference = mean - before
+    return difference - math.hypot(mean - low, most - before), difference + math.hypot(
+        high - mean, before - least
+    )
 
 
 def _read_suite(directory, evaluation):

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import urllib.parse
@@ -117,11 +118,10 @@ def draw_curve(ax, lines, points):
 
 
 def save_png(figure, path):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, data.getvalue())
 
 
 def draw(directory):
@@ -212,13 +212,13 @@ def before_after_gif(path, start, trained, side=192):
     return False
 
 
-def before_after_table(rows):
-    """Markdown table of start and trained policy per task, with Wilson 95 % intervals."""
+def before_after_table(rows, heads=("start policy", "after RL")):
+    """Markdown table of two evaluations {"start": …, "trained": …} per task, with Wilson 95 % intervals."""
 
     def cell(r):
         return f"{100 * r['success_rate']:5.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
 
-    lines = ["", "| task | episodes | start policy | after RL | |", "|---:|---:|---:|---:|---|"]
+    lines = ["", f"| task | episodes | {' | '.join(heads)} | |", "|---:|---:|---:|---:|---|"]
     start, trained = rows["start"], rows["trained"]
     for a, b in zip([*start["tasks"], start["total"]], [*trained["tasks"], trained["total"]], strict=True):
         name = "all" if a["task_id"] is None else a["task_id"]
@@ -274,7 +274,7 @@ def write_report(directory):
     suite, seed = html.escape(str(config.get("suite"))), html.escape(str(config.get("seed")))
     done = lines[-1]["charts/decisions"] if lines else 0
     total = config.get("total_steps") or done
-    resume = html.escape(f"python train.py --resume {directory}")
+    resume = html.escape(f"python train.py --resume {shlex.quote(str(directory))}")
     body = [
         f"<h1>{suite}, seed {seed}</h1>",
         f"<p class=result>{_sentence(points, done)}</p>",
@@ -412,6 +412,7 @@ def _task_bars(results):
 def _films(directory):
     """Before / after as a picture in the page; the first rollout and the newest ones too, all others as links."""
     gif, films = directory / "before_after.gif", sorted((directory / "videos").rglob("*.mp4"))
+    films = [path for path in films if not path.name.endswith(".tmp.mp4")]  # being written
     rollouts = [p for p in films if p.name.startswith("rollout_")]
     shown = [*rollouts[:1], *rollouts[1:][1 - EMBEDDED_FILMS :]]
     parts = []

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -61,7 +62,7 @@ class Run:
             args = parse_settings(type(args), read_json(out / "config.json"), out / "config.json", RENAMED)
         elif (out / "config.json").exists() and not restarted:
             raise UserError(
-                f"{out} already holds a run: continue it with --resume {out}, or choose another --out"
+                f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out"
             )
         args.out = str(out)
         self.out, self.args = out, args
@@ -298,7 +299,7 @@ class Run:
 
     def __exit__(self, kind, exc, traceback):
         """However the loop ends: in one line that names what to do, with the last checkpoint whole."""
-        out, hint = self.out, f"python train.py --resume {self.out}"
+        out, hint = self.out, f"python train.py --resume {shlex.quote(str(self.out))}"
         if self._metrics:
             self._metrics.close()
         if isinstance(exc, NumericsError):

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: a run ends between two decisions, or, where that takes too long, wherever it is."""
 
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ class Stop:
     GRACE = 10.0  # seconds from the first signal until the process ends wherever it is
 
     def __init__(self, out, print0=print):
-        self.hint = f"stopped; every finished iteration is saved. Go on with: python train.py --resume {out}"
+        self.hint = f"stopped; every finished iteration is saved. Go on with: python train.py --resume {shlex.quote(str(out))}"
         self.begun = self.requested = False
         self.print0 = print0  # of several ranks, one speaks
         for s in (signal.SIGINT, signal.SIGTERM):

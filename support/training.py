@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -30,7 +31,9 @@ def open_directory(args):
         if not state.exists():
             raise UserError(f"{out} holds no unfinished training: {state} is missing")
     elif state.exists():
-        raise UserError(f"{out} holds an unfinished training: --resume {out}, or another --out")
+        raise UserError(
+            f"{out} holds an unfinished training: --resume {shlex.quote(str(out))}, or another --out"
+        )
     return args, out, state
 
 

@@ -377,7 +377,7 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
         "--worker-timeout",
         "600",
     )
-    stdout, stderr = finish(start([*LAUNCH, *_command(models, out, *flags)[1:]]))
+    stdout, stderr = finish(start([*LAUNCH, "tests/short.py", *_command(models, out, *flags)[1:]]))
     two = _metrics(out)
     results = json.loads((out / "results.json").read_text())
     # Only rank 0 speaks.
@@ -386,9 +386,9 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
     assert [m["charts/episodes"] for m in two] == [2, 4]  # three decisions each, two to an episode
     for row in results.values():  # each test state once, though neither rank played all
         assert [(e["task_id"], e["init_state"]) for e in row["episodes"]] == [(0, 0), (0, 1)]
-    assert "Traceback" not in stderr.split("torch.distributed")[0]
+    assert "Traceback" not in stderr
 
-    _, one = _again(out, [sys.executable, "train.py", "--resume", str(out)])  # 2 ranks -> 1
+    _, one = _again(out, [sys.executable, "tests/short.py", "train.py", "--resume", str(out)])  # 2 ranks -> 1
     assert one[0] == two[0]
     _same(one[1], two[1])
     again = json.loads((out / "results.json").read_text())
@@ -398,7 +398,9 @@ def test_train_with_two_ranks_and_then_with_one_and_then_sharded(models, tmp_pat
 
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "shard": True}))
-    stdout, sharded = _again(out, [*LAUNCH, "train.py", "--resume", str(out)])  # 1 rank -> 2, and sharded
+    stdout, sharded = _again(
+        out, [*LAUNCH, "tests/short.py", "train.py", "--resume", str(out)]
+    )  # 1 rank -> 2, and sharded
     assert "the backbone sharded" in stdout
     _same(sharded[1], two[1])
     assert json.loads((out / "results.json").read_text()).keys() == results.keys()

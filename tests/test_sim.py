@@ -80,11 +80,14 @@ class Stock:
 
 @pytest.fixture(scope="module", params=TASKS)
 def both(request):
-    """(suite, stock environment in initial state 0 after settling, its picture there, TaskSim of the same task)."""
+    """(suite, stock environment in initial state 0 after settling, with its picture and where its bodies stood then, TaskSim of
+    the same task)."""
     suite = request.param
     task = TaskSim(suite, TASKS[suite])
     stock = Stock(suite, TASKS[suite])
     stock.reset(0)
+    # Fixtures are drawn at reset, and are not part of an initial state.
+    stock.bodies = [x.copy() for x in (stock.env.sim.model.body_pos, stock.env.sim.model.body_quat)]
     yield suite, stock, stock.picture(), task
     task.close()
     stock.env.close()
@@ -166,9 +169,8 @@ def test_success_equals_stock_along_a_demonstration(both):
 
 def test_fixtures_stand_where_stock_places_them(both):
     _, stock, _, task = both
-    stock.reset(0)  # fixtures are drawn at reset, and are not part of an initial state
-    np.testing.assert_array_equal(task.protocol_bodies[0], stock.env.sim.model.body_pos)
-    np.testing.assert_array_equal(task.protocol_bodies[1], stock.env.sim.model.body_quat)
+    np.testing.assert_array_equal(task.protocol_bodies[0], stock.bodies[0])
+    np.testing.assert_array_equal(task.protocol_bodies[1], stock.bodies[1])
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

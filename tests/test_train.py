@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import train
 from policy import build_tiny
 from support import checkpoints
+from support.cli import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
@@ -132,7 +133,7 @@ def uninterrupted(models, tmp_path_factory):
 def test_the_start_policy_is_iteration_0_and_evaluations_follow_every_so_often(models, tmp_path):
     out = tmp_path / "run"
     flags = "--eval-every", "2", "--eval-episodes", "1", "--start-episodes", "1", "--critic-warmup", "0"
-    stdout, _ = _finish(_command(models, out, *flags))
+    stdout, _ = _finish([sys.executable, "tests/short.py", *_command(models, out, *flags)[1:]])
     metrics = _metrics(out)
     assert [m["iteration"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["charts/decisions"] for m in metrics] == [0, 6, 12, 18, 24]
@@ -148,7 +149,7 @@ def test_the_start_policy_is_iteration_0_and_evaluations_follow_every_so_often(m
     shutil.copy(out / "config.json", killed)
     first, *_ = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text(first)
-    _finish([sys.executable, "train.py", "--resume", str(killed)])
+    _finish([sys.executable, "tests/short.py", "train.py", "--resume", str(killed)])
     assert [m["iteration"] for m in _metrics(killed)] == [0, 1, 2, 3, 4]
     assert (killed / "checkpoints" / "000000").is_dir()
 
@@ -174,6 +175,19 @@ def test_a_run_leaves_what_it_promises(models, uninterrupted):
     assert json.loads((out / "policy" / "config.json").read_text())["sampling_temperature"] == 0.8
 
 
+# The last thing that happens to a checkpoint is that it gets its name.
+KILLED_WHILE_WRITING = """
+import os, runpy, signal
+rename = os.rename
+def rename_or_die(source, target):
+    if str(source).endswith('000003.tmp'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = rename_or_die
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
 @pytest.mark.libero
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path):
@@ -185,13 +199,10 @@ def test_killed_and_resumed_equals_uninterrupted(models, uninterrupted, tmp_path
     run.communicate()
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 2, "half a li')  # as a crash may leave it
-    run = _start([sys.executable, "train.py", "--resume", str(out)])
-    writing = out / "checkpoints" / "000003.tmp"
-    while not writing.exists() and not writing.with_suffix("").exists() and run.poll() is None:
-        pass
-    run.kill()
-    stdout, stderr = run.communicate()
-    assert "resumed at iteration" in stdout, stderr
+    run = _start([sys.executable, "-c", KILLED_WHILE_WRITING, "--resume", str(out)])
+    stdout, stderr = run.communicate(timeout=800)
+    assert run.returncode == -signal.SIGKILL and "resumed at iteration" in stdout, stderr
+    assert (out / "checkpoints" / "000003.tmp").exists()
     stdout, _ = _finish([sys.executable, "train.py", "--resume", str(out)])
     assert "resumed at iteration" in stdout
     assert _metrics(out) == _metrics(uninterrupted[0])
@@ -301,7 +312,7 @@ def test_interrupt_saves_and_says_how_to_go_on(models, tmp_path):
         (["--suite", "libero_90", "--model", "openvla-tiny"], "no policy for libero_90"),
     ],
 )
-def test_bad_input_is_one_line(models, tmp_path, flags, what):
+def test_bad_input_is_one_line(models, tmp_path, flags, what, capsys, monkeypatch):
     base = [
         "--model",
         str(models / "policy"),
@@ -310,11 +321,15 @@ def test_bad_input_is_one_line(models, tmp_path, flags, what):
         "--out",
         str(tmp_path / "r"),
     ]
-    run = subprocess.run(
-        [sys.executable, "train.py", *base, *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode != 0 and what in run.stderr and "Traceback" not in run.stderr, run.stderr
-    assert len(run.stderr.strip().splitlines()) <= 2
+    monkeypatch.setattr("sys.argv", ["train.py", *base, *flags])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as stop:
+        train.main(parse_args(train.Args, ""))
+    for number, handler in handlers.items():  # train.py's own would stay
+        signal.signal(number, handler)
+    err = capsys.readouterr().err
+    assert stop.value.code in (1, 2) and what in err and "Traceback" not in err, err
+    assert len(err.strip().splitlines()) <= 2
     assert not (tmp_path / "r").exists()
 
 

@@ -36,9 +36,10 @@ class OneDevice(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def actor_critic(**variant):
+def actor_critic(layers=32, **variant):
+    text = {**CONFIG["text_config"], "num_hidden_layers": layers}
     with torch.device("meta"):
-        model = OpenVLA(CONFIG).to(torch.bfloat16)
+        model = OpenVLA({**CONFIG, "text_config": text}).to(torch.bfloat16)
         return ActorCritic(model, lora_rank=32, lora_alpha=16, **variant)
 
 
@@ -76,9 +77,9 @@ def update(model, images, saved=None):
 
 @pytest.mark.slow
 def test_nothing_between_pixels_and_loss_waits_for_a_device_or_mixes_two():
-    model = actor_critic()
     images = observation(2)
-    for temperature in (0.0, 1.5):
+    # What is counted wants all layers.
+    for temperature, model in ((0.0, actor_critic(layers=2)), (1.5, actor_critic())):
         with FlopCounterMode(display=False) as flops, OneDevice():
             tokens, log_probs, values = model.act(
                 **images, temperature=temperature, generator=[torch.Generator(), torch.Generator()]
@@ -86,8 +87,12 @@ def test_nothing_between_pixels_and_loss_waits_for_a_device_or_mixes_two():
         assert tokens.shape == log_probs.shape == (2, ACTION_DIM) and values.shape == (2,) and tokens.is_meta
     per_decision = flops.get_total_flops() / TERA / 2
     with OneDevice():
-        scores = model.base_policy().text_after_actions_logits(
-            **images, action_tokens=tokens, token_ids=torch.tensor([5, 6], device="meta")
+        scores = (
+            actor_critic(layers=2)
+            .base_policy()
+            .text_after_actions_logits(
+                **images, action_tokens=tokens, token_ids=torch.tensor([5, 6], device="meta")
+            )
         )
     assert scores.shape == (2, 2)
 
@@ -116,7 +121,7 @@ def test_nothing_between_pixels_and_loss_waits_for_a_device_or_mixes_two():
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["shared", "none"])
 def test_cached_patches_and_other_critics(critic):
-    model = actor_critic(targets="language", critic=critic, whole_vocabulary=True)
+    model = actor_critic(layers=2, targets="language", critic=critic, whole_vocabulary=True)
     images = observation(1)
     with OneDevice():
         images["patch_embeddings"] = model.embed_images(images.pop("pixel_values"))

@@ -49,6 +49,20 @@ def test_pair_counts_the_episodes_that_changed_sides(tmp_path):
     assert text.count("\n| ") == 22 and "| all | 20 |  40.0 %" in text  # head, 20 tasks, all
 
 
+@pytest.mark.parametrize("setting", [{"temperature": 0.6}, {"render": "exact"}, {"fresh": True}])
+def test_pair_refuses_what_was_not_played_alike(tmp_path, setting):
+    a, b = an_evaluation(tmp_path / "a", [0, 1]), an_evaluation(tmp_path / "b", [1, 1], **setting)
+    with pytest.raises(UserError, match="not of the same episodes"):
+        compare.pair(a, b)
+
+
+def test_two_runs_of_one_method_and_seed_are_refused(tmp_path):
+    """Whatever the directories are called: the seed is that of config.json."""
+    runs = [a_run(tmp_path / name, "rl", 0, [(1024, 6, 10)], {}) for name in ("rl-seed0", "rl-seed1")]
+    with pytest.raises(UserError, match="rl-seed1 is a second rl of seed 0"):
+        compare.methods(runs, tmp_path / "plot.png")
+
+
 def test_pair_shows_a_film(tmp_path):
     a, b = an_evaluation(tmp_path / "a", [0]), an_evaluation(tmp_path / "b", [1])
     with pytest.raises(UserError, match="shows a state that was lost and is won now"):
@@ -241,7 +255,13 @@ def test_table_1_has_intervals_over_seeds_or_over_the_episodes_of_one(tmp_path):
     assert rows["gain"]["libero_object"] == shown(30, paired(start, better), "+")
     seeds = ttest_1samp([70, 80, 40], 0).confidence_interval(0.95)
     assert seeds.high > 100 and rows["VLA-RL"]["libero_goal"] == shown(190 / 3, (seeds.low, 100))
-    assert rows["gain"]["libero_goal"] == shown(70 / 3, [end - 40 for end in seeds], "+")
+    # Of independent errors, squares add up: chance over the seeds, and in the one evaluation of the start policy.
+    (least, most), mean = wilson(8, 20), 190 / 3
+    low, high = (
+        ((mean - seeds.low) ** 2 + (most - 40) ** 2) ** 0.5,
+        ((100 - mean) ** 2 + (40 - least) ** 2) ** 0.5,
+    )
+    assert rows["gain"]["libero_goal"] == shown(70 / 3, (70 / 3 - low, 70 / 3 + high), "+")
     # All suites: seed 0 alone, which each of them has.
     assert rows["SFT"]["all"] == shown(40, wilson(32, 80))
     assert rows["VLA-RL"]["all"] == shown(70, wilson(56, 80))
