@@ -13,6 +13,7 @@ from policy import build_tiny, policy_convention
 from scripts.rprm import deciding, label, read_trajectories, write_runs
 from simulator.recording import play
 from simulator.task import TaskSim
+from support.errors import UserError
 from support.labels import POSITIVE, LabelRule
 from support.metrics import kendall, without_nan
 
@@ -313,6 +314,21 @@ def test_a_policy_acts_at_its_checkpoints_temperature_unless_told_otherwise():
         for temperature in (None, 0.6, 0.0)
     )
     assert np.array_equal(own, same) and not np.array_equal(own, greedy)
+
+
+def test_a_reward_model_that_reads_other_motions_is_refused(tmp_path):
+    """Of the same action tokens, by other statistics than the policy's."""
+    model = build_tiny(0, image_size=32, width=32, layers=2, heads=2, mlp=64)
+    model.norm_stats["libero_object"] = {"action": STATS["toy"]["action"]}
+    model.save_pretrained(tmp_path / "policy")
+    model.side_files["rprm.json"] = b"{}"
+    model.norm_stats["libero_object"] = {"action": {**STATS["toy"]["action"], "q99": [0.5] * 7}}
+    model.save_pretrained(tmp_path / "rprm")
+    args = rprm.Args(
+        rprm=str(tmp_path / "rprm"), policy=str(tmp_path / "policy"), task_ids=[0], episodes_per_task=1
+    )
+    with pytest.raises(UserError, match="other action statistics"):
+        rprm.measure(args)
 
 
 @pytest.mark.libero
