@@ -112,7 +112,8 @@ def evaluate(model, suite, task_ids=None, episodes_per_task=NUM_INIT_STATES, num
     ranks = ranks or distributed.ALONE
     temperature = model.temperature_or_own(temperature)
     wanted = set(protocol_episodes(suite, task_ids, episodes_per_task, fresh))
-    kept = [e for e in finished if (e["task_id"], e["init_state"]) in wanted]
+    # Each once, also where two processes wrote one log.
+    kept = list({key: e for e in finished if (key := (e["task_id"], e["init_state"])) in wanted}.values())
     missing = wanted - {(e["task_id"], e["init_state"]) for e in kept}
     queue = deque(share_of_episodes(missing, ranks.rank, ranks.size))
     result = EvalResult(suite, instructions(suite), list(kept))

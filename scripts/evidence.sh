@@ -10,17 +10,18 @@
 #   pro       start policy and default training on LIBERO-PRO's variants of the suite, and told another sentence
 #
 # SUITES (of suites; default: all four), SUITE=libero_object (of the other experiments), SEEDS (default: 0 1 2; of budget 0 1),
-# METHODS (of table2; default: all seven; the first is what the others are compared with), EPISODES and, for a quick try, TASKS
-# are environment variables. What is small of each run goes to results/SUITE/METHOD-seedS, the rest stays in runs/evidence. A run
-# takes an hour on 2 cores, of budget two and a half. What is there is skipped, what was interrupted goes on.
+# METHODS (of table2; default: all seven; the first is what the others are compared with), EPISODES, RESULTS and, for a quick try,
+# TASKS and FLAGS (give RESULTS too then) are environment variables. What is small of each run goes to RESULTS/SUITE/METHOD-seedS
+# (default: results), the rest stays in WORK (runs/evidence/RESULTS). A run takes an hour on 2 cores, of budget two and a half.
+# What is there is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
 SUITES=${SUITES:-libero_spatial libero_object libero_goal libero_10}
 SUITE=${SUITE:-libero_object}
 SEEDS=${SEEDS:-}
-WORK=${WORK:-runs/evidence}
 RESULTS=${RESULTS:-results}
+WORK=${WORK:-runs/evidence/$RESULTS} # of its own for each RESULTS, whose policies are others
 EPISODES=${EPISODES:-} # test episodes per task at the end, instead of 50 or 20
 TASKS=${TASKS:-}       # tasks to train on and to evaluate, as in 0,1,2, instead of all ten
 FLAGS=${FLAGS:-}       # more flags of every training
@@ -38,14 +39,21 @@ evaluate() {
     --episodes-per-task "${EPISODES:-20}" --num-envs 16 "${only[@]}" "$@"
 }
 
-# lost DIRECTORY RUN: neither runs/evidence nor results has the weights that are to be evaluated.
+# keep FILE: a table from stdin, shown, and in FILE where there is one: an error leaves the earlier file as it was.
+keep() {
+  local table
+  table=$(cat)
+  [ -z "$table" ] || echo "$table" | tee "$1"
+}
+
+# lost DIRECTORY RUN: neither WORK nor RESULTS has the weights that are to be evaluated.
 lost() {
   echo "error: $1 has no adapter, so its policy is gone: train it anew with another RESULTS, or move $2 away" >&2
   exit 1
 }
 
-# policy METHOD SEED FLAGS: one training, to runs/evidence. What is small of it goes to results, with the policy's LoRA adapter,
-# from which the policy is made again where runs/evidence is gone.
+# policy METHOD SEED FLAGS: one training, to WORK. What is small of it goes to RESULTS, with the policy's LoRA adapter,
+# from which the policy is made again where WORK is gone.
 policy() {
   local run=$WORK/$SUITE/$1-seed$2 small=$RESULTS/$SUITE/$1-seed$2 seed=$2
   shift 2
@@ -95,7 +103,7 @@ start() {
 # compare NAME: figure and table of all `runs`.
 compare() {
   $PY -m support.compare methods --runs "$(IFS=, && echo "${runs[*]}")" --results "$(named).json" \
-    --out "$RESULTS/$SUITE/$1.png" | tee "$RESULTS/$SUITE/$1.md"
+    --out "$RESULTS/$SUITE/$1.png" | keep "$RESULTS/$SUITE/$1.md"
 }
 
 suites() {
@@ -106,7 +114,7 @@ suites() {
     for seed in ${SEEDS:-0 1 2}; do learn rl "$seed"; done
   done
   $PY -m support.compare suites --results "$RESULTS" --evaluation "$result" --out "$RESULTS/suites.png" |
-    tee "$RESULTS/suites.md"
+    keep "$RESULTS/suites.md"
 }
 
 table2() {
@@ -152,7 +160,7 @@ states() {
   start placements --fresh
   runs+=("$RESULTS/$SUITE/start")
   $PY -m support.compare tests --runs "$(IFS=, && echo "${runs[*]}")" --results "$(named).json,placements.json" \
-    --out "$RESULTS/$SUITE/states.png" | tee "$RESULTS/$SUITE/states.md"
+    --out "$RESULTS/$SUITE/states.png" | keep "$RESULTS/$SUITE/states.md"
 }
 
 # Two and a half times the default, and along the way the checkpoints of every fifth of it, sampled and greedily, on the first 20
@@ -191,7 +199,7 @@ budget() {
   done
   compare budget
   $PY -m support.compare along --runs "$(IFS=, && echo "${long[*]}")" --results sampled.json,greedy.json \
-    --out "$RESULTS/$SUITE/along.png" | tee "$RESULTS/$SUITE/along.md"
+    --out "$RESULTS/$SUITE/along.png" | keep "$RESULTS/$SUITE/along.md"
 }
 
 # LIBERO-PRO's variants of SUITE, and SUITE and its _task told other sentences: TOLD lists for every task the stock task whose
@@ -223,7 +231,7 @@ pro() {
   done
   for change in "" _lan _swap _object _task _task_told _told; do columns+=,$SUITE$change; done
   $PY -m support.compare suites --results "$RESULTS" --evaluation "$result.json" --suites "${columns:1}" |
-    tee "$RESULTS/$SUITE/pro.md"
+    keep "$RESULTS/$SUITE/pro.md"
 }
 
 all='suites table2 states budget pro'

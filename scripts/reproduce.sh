@@ -19,7 +19,7 @@ has() { [ -e "$1" ] && echo "have $1"; }
 mkdir -p "$OUT"
 
 # The scripted experts on the test states, then policy and reward model.
-has "$OUT/expert.txt" || { $PY demos.py --suite "$SUITE" --check | tee "$OUT/expert.tmp" && mv "$OUT/expert.tmp" "$OUT/expert.txt"; }
+has "$OUT/expert.txt" || { $PY demos.py --suite "$SUITE" --check | tee "$OUT/expert.tmp"; mv "$OUT/expert.tmp" "$OUT/expert.txt"; }
 TASKS='' scripts/start.sh "$SUITE" "$OUT" "$OUT"
 has "$OUT/rprm-checks.json" ||
   $PY -m bench rprm --suite "$SUITE" --policy "$policy" --rprm "$rprm" \

@@ -209,6 +209,7 @@ def run_record(args):
     resolve_checkpoint(args.policy)  # refused here, not in a worker
     if there := [args.out / kind for kind in ("success", "failure") if any((args.out / kind).glob("*.hdf5"))]:
         raise UserError(f"{there[0]} already holds recordings: choose another --out")
+    make_directory(args.out)
     workers = args.num_workers or (1 if args.device == "cuda" else cores())
     os.environ["LP_NUM_THREADS"] = "0"  # Mesa draws in the calling thread
     jobs = run_jobs(record_task, [(args, task_id) for task_id in task_ids], workers)

@@ -50,7 +50,7 @@ def save_checkpoint(out, iteration, actor_critic, state, keep, best):
         except failures:
             if root.exists():
                 raise
-            write()  # somebody deleted or moved the run's directory meanwhile: once more, as TrainingRun does
+            write()  # somebody deleted or moved the run's directory meanwhile: once more, as `Run._bring_back_directory` does
     except failures as exc:
         shutil.rmtree(temporary, ignore_errors=True)
         why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
@@ -104,7 +104,7 @@ def load_checkpoint(out, actor_critic, frozen=None):
             print(f"warning: {path} is damaged ({reason}); trying the one before", file=sys.stderr)
             continue
         if changed:
-            raise UserError(f"{changed[0]} is not what {out} began with: put that back")
+            raise UserError(f"{changed[0] or 'no reward model'} is not what {out} began with: put that back")
         return state
     raise UserError(f"{out} holds no readable checkpoint: start again with another --out")
 

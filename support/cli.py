@@ -60,7 +60,9 @@ def _number_list(kind, low, high):
     def read(text):
         parts = [part.strip() for part in text.split(",")]
         if not all(parts):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list such as 0,1")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a comma-separated list such as {'a,b' if kind is str else '0,1'}"
+            )
         return [item(part) for part in parts]
 
     return read
@@ -107,8 +109,10 @@ def _add_flags(parser, args_class):
             options["type"] = _number(kind, low, high)
             options.setdefault("metavar", "N" if kind is int else "X")
         elif typing.get_origin(kind) in (list, tuple):
-            options["type"] = _number_list(typing.get_args(kind)[0], low, high)
-            options["metavar"] = "N,N,…" if "utf" in (sys.stdout.encoding or "").lower() else "N,N,.."
+            item = typing.get_args(kind)[0]
+            options["type"] = _number_list(item, low, high)
+            dots = "…" if "utf" in (sys.stdout.encoding or "").lower() else ".."
+            options["metavar"] = ("A,B," if item is str else "N,N,") + dots
         else:
             options["type"] = kind  # str or Path
             options.setdefault("metavar", "PATH" if kind is Path else "TEXT")
@@ -128,7 +132,7 @@ def parse_args(args_class, description, argv=None):
     """Command line of a script from its dataclass of arguments.
 
     Every field becomes one `--kebab-case` flag. Supported types: int, float, str, Path, bool (`--flag` / `--no-flag`),
-    `X | None`, `list[int]` or `list[float]` (comma-separated: `--task-ids 0,1`), `Literal["a", "b"]`.
+    `X | None`, lists of int, float or str (comma-separated: `--task-ids 0,1`), `Literal["a", "b"]`.
     Metadata of a field: "help" (required), "choices", "min" and "max" (numbers, or each number of a list), "default"
     (text that `--help` shows instead of the value, for a None that is resolved later).
 

@@ -76,7 +76,7 @@ def fingerprint(checkpoint):
 
 def write_film(path, frames, fps):
     """Write frames (each (H, W, 3) uint8) as an mp4, atomically. One that cannot be written (full disk; Ctrl-C reaches
-    ffmpeg as well) costs a warning, not the run."""
+    ffmpeg as well; no ffmpeg at all) costs a warning, not the run."""
     import imageio
 
     temporary = path.with_suffix(".tmp.mp4")
@@ -84,7 +84,7 @@ def write_film(path, frames, fps):
         path.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(temporary, frames, fps=fps, macro_block_size=None)
         os.replace(temporary, path)
-    except OSError as exc:
+    except (OSError, RuntimeError) as exc:
         print(f"warning: no video {path}: {str(exc).strip().splitlines()[0]}", file=sys.stderr)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -120,7 +119,6 @@ def draw_curve(ax, lines, points):
 def save_png(figure, path):
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, data.getvalue())
 
 
@@ -204,10 +202,9 @@ def before_after_gif(path, start, trained, side=192):
             Image.fromarray(np.hstack(pair)).quantize(128, Image.Quantize.MAXCOVERAGE)
             for pair in zip(*films, strict=True)
         ]
-        temporary = Path(path).with_suffix(".tmp.gif")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
-        os.replace(temporary, path)
+        data, film = io.BytesIO(), dict(append_images=pictures[1:], duration=1000 / fps, loop=0)
+        pictures[0].save(data, "GIF", save_all=True, **film)
+        atomic_write(path, data.getvalue())
         return True
     return False
 

@@ -92,6 +92,8 @@ class Run:
         if self.resumed:
             self._restore()
             lines = Metrics.read(self.out, self.first - 1)
+            if self.first <= iterations and self.ranks.is_main_process:  # of a shorter run, which goes on now
+                (self.out / "results.json").unlink(missing_ok=True)
             # The start policy is evaluated after its checkpoint was written.
             if self._best < 0 and lines and lines[0]["iteration"] == 0:
                 self._best, self._best_rate = 0, lines[0]["eval/success_rate"]

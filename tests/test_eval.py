@@ -205,6 +205,10 @@ def test_interrupted_evaluation_goes_on(model, envs, short, tmp_path):
     assert len(rest) == 5 and resumed.to_dict() == whole.to_dict()
     again = evaluate(model, SUITE, [0, 1], 4, finished=resumed.episodes, **options)
     assert len(rest) == 5 and again.to_dict() == whole.to_dict()
+    twice = evaluate(
+        model, SUITE, [0, 1], 4, finished=[*resumed.episodes, *rest], **options
+    )  # by two processes, say
+    assert len(rest) == 5 and twice.to_dict() == whole.to_dict()
     fewer = evaluate(model, SUITE, [1], 2, envs=envs, finished=resumed.episodes, progress=False)
     assert len(fewer.episodes) == 2
 

@@ -212,6 +212,15 @@ def test_evidence_trains_evaluates_and_skips_what_is_there(tmp_path):
     refused = evidence("pro")
     assert refused.returncode != 0 and "TOLD: is to list, for every task of libero_goal" in refused.stderr
 
+    # A comparison that fails leaves its earlier table.
+    table, file = (tmp_path / "results" / "suites.md").read_text(), made / "start" / "results-2.json"
+    good = file.read_text()
+    file.write_text(good.replace('"temperature": 0.6', '"temperature": 1.0'))
+    refused = evidence("suites")
+    assert refused.returncode == 1 and "temperature is 1.0 and 0.6" in refused.stderr
+    assert table and (tmp_path / "results" / "suites.md").read_text() == table
+    file.write_text(good)
+
     # A result without its policy: another training is not taken for it.
     settings |= {"SUITE": "libero_object"}
     shutil.rmtree(tmp_path / "work")

@@ -81,6 +81,21 @@ def test_a_film_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     ] == ["file"]
 
 
+def test_a_film_without_ffmpeg_is_a_warning_too(tmp_path, monkeypatch, capsys):
+    def no_ffmpeg(*_, **__):
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio.mimwrite", no_ffmpeg)
+    write_film(tmp_path / "film.mp4", [np.zeros((64, 64, 3), np.uint8)] * 2, 5)
+    assert "warning: no video" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_picture_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*plot.png"):
+        report.save_png(report.new_figure(), tmp_path / "file" / "plot.png")
+
+
 # ---- report.html -----------------------------------------------------------------------------------------------------
 
 EVIL = "<script>alert('$x^')</script> & \"quotes\""
