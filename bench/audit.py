@@ -3,8 +3,8 @@
     python -m bench.audit REPORT.json --suite libero_object ...        # the rest are train.py's flags
 
 The environments tell how many control steps each episode has. A decision must add `action_repeat` to that number; where the
-episode ended it may add less, and where the worker died nothing. So a decision that was carried out twice, or never, shows. And each (step, environment) of the rollout buffer must have been
-written once, in order, before the advantages are computed.
+episode ended it may add less, and where the worker died nothing. So a decision that was carried out twice, or never, shows.
+And each (step, environment) of the rollout buffer must have been written once, in order, before the advantages are computed.
 """
 
 import json

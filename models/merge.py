@@ -117,9 +117,7 @@ def merge(adapter, base, out, max_shard_bytes=MAX_SHARD_BYTES, temperature=None)
 
     config = read_json(folder / "config.json")
     config["norm_stats"] = read_norm_stats(folder, config)
-    if (
-        adapter.parent.name == "adapters"
-    ):  # sft.py's, beside adapters/policy: of the data that the adapter learnt from
+    if adapter.parent.name == "adapters":  # sft.py's are beside it: of the data that it learnt from
         config["norm_stats"] = read_norm_stats(adapter.parent.parent, config)
     if temperature is not None and temperature != config.get("sampling_temperature", 0.0):
         config["sampling_temperature"] = temperature

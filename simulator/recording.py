@@ -1,7 +1,7 @@
 """Episodes of one task played side by side in this process, with everything kept that labels and checks ask for.
 
-`LiberoVecEnv` is faster, but does not give away the simulator's state. Here each decision also leaves the hand's position, the fingers and
-the whole state of the simulator, so that whatever is measured about an episode is measured afterwards.
+`LiberoVecEnv` is faster, but does not give away the simulator's state. Here each decision also leaves the hand's position, the
+fingers and the whole state of the simulator, so that whatever is measured about an episode is measured afterwards.
 """
 
 import multiprocessing

@@ -51,7 +51,8 @@ class Renderer:
     """The `agentview` camera of one task.
 
     model: the physics model. drawn: a model of the same scene whose meshes and textures OpenGL gets (`light_model`, or for
-    exact pictures the scene as compiled); it is not needed afterwards. data: the scene after a reset. arm_site: a site of the robot arm.
+    exact pictures the scene as compiled); it is not needed afterwards. data: the scene after a reset. arm_site: a site of the
+    robot arm.
     light: the fast kind of picture. resolution: image side in pixels.
     """
 

@@ -387,8 +387,7 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
 
     Several seeds: their mean, with a t interval over seeds; for the gain, with chance in the start policy's one evaluation
     added to it (`_difference`). One, or several that are all alike: a Wilson interval over the episodes, for the gain
-    `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all
-    suites have.
+    `paired_interval`. The last column counts every suite's episodes alike and takes the seeds that all suites have.
     directory, evaluation: as in `_read_suite`; what it does not find is left out. picture: PNG of the curves of training, a
     panel per suite. names: other columns, such as LIBERO-PRO's variants of a suite, which must all be there. Raises UserError
     where they are not, or where there is nothing at all.
@@ -413,17 +412,12 @@ def suites(directory, picture=None, evaluation="results-500.json", names=None):
     rows = {"SFT": [], "VLA-RL": [], "gain": [], "seeds": [], "episodes each": []}
     for start, won in columns.values():
         won = np.array(list(won.values()))  # (seeds, episodes)
-        rates, before, seeds = (
-            100 * won.mean(axis=1),
-            100 * start.mean(),
-            t_interval(100 * won.mean(axis=1), 0, 100),
-        )
+        rates = 100 * won.mean(axis=1)
+        seeds, gain = t_interval(rates, 0, 100), rates.mean() - 100 * start.mean()
         rows["SFT"].append(_rate(start))
         rows["VLA-RL"].append(_cell(rates.mean(), _or(seeds, _wilson(won))))
         pairs = [100 * end for end in paired_interval((won - start).ravel().tolist())]
-        rows["gain"].append(
-            _cell(rates.mean() - before, _or(_difference(rates.mean(), seeds, start), pairs), "+")
-        )
+        rows["gain"].append(_cell(gain, _or(_difference(rates.mean(), seeds, start), pairs), "+"))
         rows["seeds"].append(str(len(won)))
         rows["episodes each"].append(str(start.size))
     if picture:
@@ -437,10 +431,8 @@ def _difference(mean, interval, start):
     interval, their widths added up as in `contrast_interval`. NaN where the interval is. That the policies met the same test
     states is not used, which makes it a little too wide."""
     (low, high), (least, most), before = interval, _wilson(start), 100 * start.mean()
-    difference = mean - before
-    return difference - math.hypot(mean - low, most - before), difference + math.hypot(
-        high - mean, before - least
-    )
+    below, above = math.hypot(mean - low, most - before), math.hypot(high - mean, before - least)
+    return mean - before - below, mean - before + above
 
 
 def _read_suite(directory, evaluation):
