@@ -100,8 +100,8 @@ def read_demos(path, images=True, refused=None):
 
     Keys: actions (T, 7) float64, what to learn, gripper -1 open / +1 close; executed (T, 7), what the robot did; disturbed (bool):
     whether the file keeps both apart; agentview (T, H, W, 3) uint8 upright (with `images`); ee_pos (T, 3) m, gripper_states
-    (T, 2) m, states (T, S), instruction (str), what the file calls its task (`simulator.sentences.sentence_of` turns it into the suite's sentence):
-    None where the file has none; action_repeat (int); name (str); file (str). Official files, files without attributes
+    (T, 2) m, states (T, S), instruction (str), what the file calls its task (`simulator.sentences.sentence_of` turns it into the
+    suite's sentence): None where the file has none; action_repeat (int); name (str); file (str). Official files, files without attributes
     (`*_no_noops`) and older ones of ours (`actions` clean, `executed_actions` beside) all work.
 
     refused: a `Refused` that takes note of demonstrations which are left out, for the caller's report. Without it they make one

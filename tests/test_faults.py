@@ -19,7 +19,7 @@ from test_train import SMALL, _command, _start, _wait_for_iteration, models  # n
 
 from policy import ActorCritic, build_tiny
 from ppo import PPOConfig, RolloutBuffer, ppo_update
-from simulator.pool import WorkerProcess
+from simulator.pool import WorkerProcess, _signal_name
 from support import checkpoints, demonstrations, errors, training
 from support.numerics import NumericsError
 
@@ -328,6 +328,10 @@ def test_a_process_is_hung_when_it_uses_no_processor_time(code, hung):
     finally:
         handle.process.kill()
         handle.process.wait()
+
+
+def test_a_signal_without_a_name_is_named_by_its_number():
+    assert _signal_name(9) == "SIGKILL" and _signal_name(40) == "signal 40"
 
 
 STOP = """

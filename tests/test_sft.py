@@ -23,6 +23,7 @@ from models.images import crop_and_normalize
 from models.tiny import tiny_tokenizer
 from policy import PROMPT, OpenVLA, build_tiny, policy_convention
 from support import demonstrations
+from support.cli import parse_args
 from support.errors import UserError
 from support.training import load_state, save_state
 
@@ -413,6 +414,27 @@ def test_adapters_in_bfloat16_resume_exactly_and_merge(official, tmp_path):
     assert (theirs - ours).abs().mean() < 0.1 * (
         start - ours
     ).abs().mean()  # bfloat16 rounds; the adapter is in
+
+
+def test_an_evaluation_on_no_suite_is_refused_at_once(capsys, monkeypatch, tmp_path):
+    flags = [
+        "--suite",
+        "kitchen",
+        "--eval-every",
+        "5",
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr("sys.argv", ["sft.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        sft.main(parse_args(sft.Args, ""))
+    assert (
+        stop.value.code == 1
+        and "unknown suite" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.slow

@@ -240,7 +240,9 @@ def test_a_run_of_an_earlier_version_is_resumed(models, uninterrupted, tmp_path)
     torch.save(state, path / "state.pt")
     (path / "sha256.json").unlink()
     (path / "sha256.json").write_text(json.dumps(checkpoints.checksums(path)))
+    (out / "results.json").write_text("{}")  # of where it stood before
     stdout, stderr = _finish([sys.executable, "train.py", "--resume", str(out)])
+    assert not (out / "results.json").exists()
     assert "resumed at iteration 4 of 4" in stdout and "no setting 'groups' any more" in stderr
     assert _metrics(out) == _metrics(uninterrupted[0])
 

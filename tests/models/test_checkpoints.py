@@ -133,7 +133,9 @@ def test_oft_is_refused_by_name(tmp_path, part):
 
 
 def test_a_reward_model_is_no_policy():
-    for name in (ROOT / "checkpoints").glob("*/rprm"):
+    names = list((ROOT / "checkpoints").glob("*/rprm"))
+    assert len(names) >= 4
+    for name in names:
         with pytest.raises(UserError, match="rprm is a reward model"):
             OpenVLA.from_pretrained(name)
 

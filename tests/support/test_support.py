@@ -88,6 +88,18 @@ def test_wrong_flags_end_in_one_line(argv, what, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and what in err
 
 
+def test_a_list_of_names_is_asked_for_as_one(capsys):
+    @dataclass
+    class Names:
+        runs: list[str] | None = flag(None, "runs")
+
+    for argv in (["--help"], ["--runs", "a,,b"]):
+        with pytest.raises(SystemExit):
+            cli.parse_args(Names, "", argv)
+    out, err = capsys.readouterr()
+    assert "--runs A,B," in out and "is not a comma-separated list such as a,b" in err
+
+
 FLAGS = "--suite --num-envs --lr --critic-lr --from-scratch --task-ids --out --mode --widths -- -".split()
 WORDS = st.one_of(st.sampled_from(FLAGS), st.text(max_size=8), st.floats().map(str), st.integers().map(str))
 
