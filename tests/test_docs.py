@@ -422,7 +422,8 @@ def test_table_1_is_what_the_result_files_give(page):
 
 
 @pytest.mark.parametrize(
-    ("suite", "methods"), [("libero_10", "rl no-rprm"), ("libero_object", "rl no-rprm no-warmup lr-x10")]
+    ("suite", "methods"),
+    [("libero_10", "rl no-rprm"), ("libero_object", "rl no-rprm no-curriculum no-warmup lr-x10")],
 )
 def test_tables_of_methods_are_what_the_result_files_give(tmp_path, suite, methods):
     from support import compare
